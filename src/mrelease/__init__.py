@@ -1,0 +1,59 @@
+"""Kill a process on Linux and get its memory back at once.
+
+SIGKILL only marks a process: its memory comes back when it next gets to run, which a
+starved, frozen or stuck process may not do for minutes. ``kill()`` sends SIGKILL and
+frees the memory itself, with process_mrelease(2) of Linux 5.15, and says what came
+of it. Where the kernel lacks the call the kill stands, and the result says so.
+"""
+
+from ._kill import KillResult as KillResult
+from ._kill import kill as kill
+from ._kill import release as release
+from ._kill import terminate as terminate
+from ._mrelease import PIDFD_NONBLOCK as PIDFD_NONBLOCK
+from ._mrelease import PIDFD_THREAD as PIDFD_THREAD
+from ._mrelease import kill_and_release as kill_and_release
+from ._mrelease import pidfd_open as pidfd_open
+from ._mrelease import pidfd_send_signal as pidfd_send_signal
+from ._mrelease import process_mrelease as process_mrelease
+from ._pidfd import Pidfd as Pidfd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._probe import is_supported as is_supported
+    from ._probe import probe as probe
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "PIDFD_NONBLOCK",
+    "PIDFD_THREAD",
+    "KillResult",
+    "Pidfd",
+    "is_supported",
+    "kill",
+    "kill_and_release",
+    "pidfd_open",
+    "pidfd_send_signal",
+    "probe",
+    "process_mrelease",
+    "release",
+    "terminate",
+]
+
+# Not needed to kill, so loaded when first asked for (PEP 562).
+_LAZY = {"is_supported": "_probe", "probe": "_probe"}
+
+
+def __getattr__(name: str) -> object:
+    try:
+        module = __import__(_LAZY[name], globals(), level=1, fromlist=[name])
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value: object = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

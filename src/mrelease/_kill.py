@@ -1,0 +1,417 @@
+"""The kill sequence: signal, release, and wait until the memory is known to be back."""
+
+from __future__ import annotations
+
+import os
+from errno import EAGAIN, EBADF, EINVAL, ENOSYS, ESRCH
+from time import monotonic
+
+from . import _proc
+from ._mrelease import getcpu, kill_and_release, process_mrelease
+from ._pidfd import Pidfd, seconds
+from ._sched import bar, boost, unbar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Literal, NoReturn, SupportsIndex, TypeAlias, TypedDict
+
+    from ._pidfd import Target
+
+    Outcome: TypeAlias = Literal[
+        "released",
+        "exited",
+        "exiting",
+        "busy",
+        "partial",
+        "unsupported",
+        "blocked",
+        "alive",
+    ]
+
+    class KillOptions(TypedDict, total=False):
+        """The keyword arguments of kill()."""
+
+        timeout: float | None
+        wait: bool
+        boost: bool
+        settle: float
+        measure: bool
+
+    class TerminateOptions(KillOptions, total=False):
+        """The keyword arguments of terminate()."""
+
+        grace: float
+        signal: SupportsIndex
+
+
+# Linux has these numbers on every architecture; the signal module costs an enum.
+SIGKILL = 9
+SIGTERM = 15
+
+# Seconds between releases that may succeed later.
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 0.05
+
+_PASSING = (EAGAIN, EINVAL)
+_OUTCOMES: dict[int, Outcome] = {
+    0: "released",
+    EAGAIN: "partial",
+    EINVAL: "busy",
+    ENOSYS: "unsupported",
+    ESRCH: "exiting",
+}  # any other errno is a seccomp filter's: "blocked"
+
+
+class KillResult:
+    """What became of one process. Immutable; equal if all fields are; str() for a log.
+
+    pid: the process.
+    outcome: "released", its memory was freed at once; "exited", it has exited and its
+        memory is back with it; "exiting", the kernel is past helping and the process
+        was not gone by the timeout; "busy", it writes a core dump or shares its memory
+        with a living process; "partial", a device driver kept a part; "unsupported",
+        the kernel has no process_mrelease(2); "blocked", a seccomp filter forbids it;
+        "alive", nobody has killed it (release() only).
+    released: whether its private memory is known to be back.
+    exited: whether it has exited, so that the rest (shared memory, ports) is back too.
+    signal: the number of the signal sent last, None if none was.
+    errno: of the last release, 0 if there was none or it succeeded.
+    attempts: how many times the release was called.
+    elapsed: seconds from the call to its return.
+    freed: bytes of anonymous memory and swap given back; None unless asked for by
+        measure=True, and where it cannot be known.
+    """
+
+    __slots__ = (
+        "attempts",
+        "elapsed",
+        "errno",
+        "exited",
+        "freed",
+        "outcome",
+        "pid",
+        "released",
+        "signal",
+    )
+
+    pid: int
+    outcome: Outcome
+    released: bool
+    exited: bool
+    signal: int | None
+    errno: int
+    attempts: int
+    elapsed: float
+    freed: int | None
+
+    def __init__(
+        self,
+        pid: int,
+        outcome: Outcome,
+        released: bool,
+        exited: bool,
+        signal: int | None,
+        errno: int,
+        attempts: int,
+        elapsed: float,
+        freed: int | None,
+    ) -> None:
+        set_field = object.__setattr__
+        set_field(self, "pid", pid)
+        set_field(self, "outcome", outcome)
+        set_field(self, "released", released)
+        set_field(self, "exited", exited)
+        set_field(self, "signal", signal)
+        set_field(self, "errno", errno)
+        set_field(self, "attempts", attempts)
+        set_field(self, "elapsed", elapsed)
+        set_field(self, "freed", freed)
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields by name, ready for json.dumps()."""
+        return {
+            "pid": self.pid,
+            "outcome": self.outcome,
+            "released": self.released,
+            "exited": self.exited,
+            "signal": self.signal,
+            "errno": self.errno,
+            "attempts": self.attempts,
+            "elapsed": self.elapsed,
+            "freed": self.freed,
+        }
+
+    def __str__(self) -> str:
+        text = f"pid {self.pid} {self.outcome} after {self.elapsed * 1000:.1f} ms"
+        if self.signal is not None:
+            text += f", signal {self.signal}"
+        if self.attempts:
+            text += f", release {self.attempts}"
+        if self.errno:
+            text += f": {os.strerror(self.errno)}"
+        if self.freed is not None:
+            text += f", {self.freed / 2**20:.1f} MiB freed"
+        return text
+
+    def __repr__(self) -> str:
+        fields = [f"{name}={value!r}" for name, value in self.as_dict().items()]
+        return f"KillResult({', '.join(fields)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KillResult):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.as_dict().values()))
+
+    def __reduce__(self) -> tuple[type[KillResult], tuple[object, ...]]:
+        return KillResult, tuple(self.as_dict().values())
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"cannot set {name!r}: a KillResult is immutable")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cannot delete {name!r}: a KillResult is immutable")
+
+
+def kill(
+    target: Target,
+    *,
+    timeout: float | None = 1.0,
+    wait: bool = False,
+    boost: bool = True,
+    settle: float = 0.0,
+    measure: bool = False,
+) -> KillResult:
+    """Kill a process with SIGKILL and free its memory at once.
+
+    target: a pid, a Pidfd, or an object with a ``.pid`` (subprocess.Popen,
+        multiprocessing.Process, asyncio's Process, psutil.Process). Pids are reused:
+        only a child's pid, an object, or a Pidfd opened early is sure to mean the
+        process you mean.
+    timeout: seconds from the SIGKILL until it gives up waiting for the memory; None for
+        no limit. A release that is already under way can outlast it.
+    wait: wait for the exit, too, when the memory is back.
+    boost: keep the victim off the caller's CPU during the kill, then raise the priority
+        of what is left of it, as far as the caller may (CAP_SYS_NICE).
+    settle: seconds that the victim gets to exit by itself before it is released. A
+        victim that holds a robust mutex (LMDB's lock) and is released before it has run
+        its exit leaves the waiters hanging; a few milliseconds avoid it.
+    measure: report the bytes given back.
+
+    Returns as soon as the private memory is known to be back. The SIGKILL has been sent
+    whatever the outcome, on kernels without process_mrelease(2), too.
+
+    Raises ProcessLookupError if there is no such process, PermissionError if the caller
+    may not signal it, ValueError for the caller itself, pid 1, a thread's id or a pid
+    that is not positive, TypeError for what is no target, and OSError with EMFILE when
+    no descriptor is left for the pidfd. Then nothing was killed.
+
+    Linux 5.15 for the release, 5.3 for the kill. Thread-safe; the GIL is released.
+    """
+    sequence = _Sequence(timeout, wait, boost, settle, measure)
+    return _with_pidfd(target, sequence.kill)
+
+
+def terminate(
+    target: Target,
+    *,
+    grace: float = 10.0,
+    signal: SupportsIndex = SIGTERM,
+    timeout: float | None = 1.0,
+    wait: bool = False,
+    boost: bool = True,
+    settle: float = 0.0,
+    measure: bool = False,
+) -> KillResult:
+    """Ask a process to end, and kill() it if it has not within grace seconds.
+
+    The release is never tried on a process that has not been sent SIGKILL: the kernel
+    would answer EINVAL. timeout counts from the SIGKILL; it and the rest are kill()'s,
+    as are the errors, and ValueError if signal is none. A stopped process gets the
+    signal only when continued. Linux 5.15 for the release. Thread-safe.
+    """
+    sequence = _Sequence(timeout, wait, boost, settle, measure)
+    grace = seconds("grace", grace)
+    return _with_pidfd(target, lambda pidfd: sequence.terminate(pidfd, grace, signal))
+
+
+def release(target: Target, *, timeout: float | None = 0.0) -> KillResult:
+    """Free the memory of a process that somebody else killed; no signal is sent.
+
+    It tries for timeout seconds (None: no limit) while the process is not dying yet, or
+    shares its memory with one that lives. The outcome is "alive" if it was not dying to
+    the end. No permission is needed. Raises as kill() for a target that cannot be
+    opened. Linux 5.15. Thread-safe; the GIL is released.
+    """
+    return _with_pidfd(target, _Sequence(timeout).release)
+
+
+def _with_pidfd(target: Target, run: Callable[[Pidfd], KillResult]) -> KillResult:
+    """Run a sequence on the caller's Pidfd, or on one of its own."""
+    if isinstance(target, Pidfd):
+        return run(target)
+    with Pidfd.open(target) as pidfd:
+        return run(pidfd)
+
+
+class _Sequence:
+    """One run of the sequence: what was asked for, and what has happened so far."""
+
+    __slots__ = (
+        "attempts",
+        "boost",
+        "errno",
+        "held",
+        "measure",
+        "settle",
+        "signal",
+        "start",
+        "timeout",
+        "wait",
+    )
+
+    def __init__(
+        self,
+        timeout: float | None,
+        wait: bool = False,
+        boost: bool = False,
+        settle: float = 0.0,
+        measure: bool = False,
+    ) -> None:
+        self.timeout = seconds("timeout", timeout, optional=True)
+        self.settle = seconds("settle", settle)
+        self.wait = wait
+        self.boost = boost
+        self.measure = measure
+        self.start = monotonic()
+        self.held = 0
+        self.signal: int | None = None
+        self.errno = 0
+        self.attempts = 0
+
+    def kill(self, pidfd: Pidfd) -> KillResult:
+        _check_victim(pidfd)
+        pidfd.send_signal(0)
+        return self._kill(pidfd)
+
+    def terminate(
+        self, pidfd: Pidfd, grace: float, signal: SupportsIndex
+    ) -> KillResult:
+        _check_victim(pidfd)
+        number = signal.__index__()
+        if number < 1:
+            raise ValueError(f"{signal!r} is not the number of a signal")
+        pidfd.send_signal(number)
+        self.signal = number
+        if pidfd.wait(grace):
+            return self._result(pidfd)
+        return self._kill(pidfd)
+
+    def release(self, pidfd: Pidfd) -> KillResult:
+        self._release(pidfd)
+        self._await_memory(pidfd, monotonic() + self.timeout)
+        return self._result(pidfd)
+
+    def _kill(self, pidfd: Pidfd) -> KillResult:
+        if self.measure:
+            self.held = _proc.anonymous(pidfd.pid) or 0
+        deadline = monotonic() + self.timeout
+        try:
+            if self.settle:
+                self._kill_then_release(pidfd)
+            else:
+                self._kill_and_release(pidfd)
+        except ProcessLookupError:
+            # It may be signalled, but has exited and been reaped just now.
+            return self._result(pidfd)
+        self._await_memory(pidfd, deadline)
+        return self._result(pidfd)
+
+    def _kill_and_release(self, pidfd: Pidfd) -> None:
+        # A victim that wakes up on this CPU starts its own exit before the release
+        # does. Its priority is not touched yet: it might starve the caller.
+        before = bar(pidfd.pid, getcpu()) if self.boost else {}
+        try:
+            self.errno = kill_and_release(pidfd.fileno())
+        except BaseException:
+            unbar(before)
+            raise
+        self.signal = SIGKILL
+        self.attempts += 1
+        if self.boost:
+            boost(pidfd.pid)
+
+    def _kill_then_release(self, pidfd: Pidfd) -> None:
+        pidfd.send_signal(SIGKILL)
+        self.signal = SIGKILL
+        # At once: a starved victim could not use the time it is given.
+        if self.boost:
+            boost(pidfd.pid)
+        if not pidfd.wait(self.settle):
+            self._release(pidfd)
+
+    def _release(self, pidfd: Pidfd) -> None:
+        self.attempts += 1
+        try:
+            process_mrelease(pidfd.fileno())
+            self.errno = 0
+        except OSError as error:
+            if error.errno == EBADF:  # not the kernel's answer to a pidfd
+                raise
+            self.errno = error.errno or 0
+
+    def _await_memory(self, pidfd: Pidfd, deadline: float) -> None:
+        """Wait for the memory, with wait for the exit, at most until the deadline."""
+        pause = _FIRST_PAUSE
+        while self.errno or self.wait:
+            again = self.errno in _PASSING
+            remaining = max(0.0, deadline - monotonic())
+            if pidfd.wait(min(remaining, pause) if again else remaining):
+                break
+            if monotonic() >= deadline:
+                break
+            if again:
+                self._release(pidfd)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _result(self, pidfd: Pidfd) -> KillResult:
+        exited = pidfd.exited
+        outcome = self._outcome(pidfd.pid, exited)
+        released = exited or outcome == "released"
+        return KillResult(
+            pid=pidfd.pid,
+            outcome=outcome,
+            released=released,
+            exited=exited,
+            signal=self.signal,
+            errno=self.errno,
+            attempts=self.attempts,
+            elapsed=monotonic() - self.start,
+            freed=self._freed(pidfd.pid, exited, released) if self.measure else None,
+        )
+
+    def _outcome(self, pid: int, exited: bool) -> Outcome:
+        if exited and (self.errno or not self.attempts):
+            return "exited"
+        outcome = _OUTCOMES.get(self.errno, "blocked")
+        if outcome == "busy" and self.signal is None and not _proc.dying(pid):
+            return "alive"
+        return outcome
+
+    def _freed(self, pid: int, exited: bool, released: bool) -> int | None:
+        left = 0 if exited else _proc.anonymous(pid)
+        if left is None:
+            # The victim has let go of its memory. Unless the release had succeeded by
+            # then, nobody can see how much of it is still to be freed.
+            left = 0 if released else None
+        return None if left is None else max(0, self.held - left)
+
+
+def _check_victim(pidfd: Pidfd) -> None:
+    if pidfd.pid == 1:
+        raise ValueError("refusing to kill pid 1, the init process")
+    if pidfd.pid == os.getpid():
+        raise ValueError(f"refusing to kill the calling process, pid {pidfd.pid}")

@@ -1,0 +1,288 @@
+"""One process, held by a descriptor that can never come to mean another one."""
+
+from __future__ import annotations
+
+import os
+from _warnings import warn  # warnings itself is not needed until one is shown
+from errno import EBADF, EINVAL, ENODATA, ENOENT, ESRCH
+from select import POLLIN, POLLNVAL, poll
+from sys import byteorder
+from time import monotonic
+
+from . import _proc
+from ._mrelease import PIDFD_THREAD, pidfd_open, pidfd_send_signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, Unpack
+
+    from ._kill import KillOptions, KillResult, TerminateOptions
+
+    class HasPid(Protocol):
+        """subprocess.Popen, multiprocessing.Process, psutil.Process and their like."""
+
+        @property
+        def pid(self) -> int | None: ...
+
+    Target: TypeAlias = SupportsIndex | HasPid
+
+_PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13; ioctl(2) encodes it alike everywhere
+_PIDFD_INFO_CGROUPID = 4
+_LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
+
+
+class Pidfd:
+    """An owned descriptor of one process: ``Pidfd.open(target)`` or ``Pidfd(fd)``.
+
+    While it is open it means this process and no other, even after the exit, so a
+    signal sent through it cannot hit a process that got the same pid later. Use it as
+    a context manager; collected while open it gives a ResourceWarning.
+
+    Any number of threads may use one at once, except that, as with every descriptor,
+    close() must wait until the others are done. Linux 5.3. See pidfd_open(2).
+    """
+
+    __slots__ = ("__weakref__", "_fd", "_pid")
+
+    _fd: int
+    _pid: int
+
+    def __init__(self, fd: int, /) -> None:
+        """Take over a descriptor from pidfd_open(2), clone3(2) or SCM_PIDFD.
+
+        Raises OSError with EBADF if fd is no pidfd, ValueError if it was opened with
+        PIDFD_THREAD; the descriptor then stays the caller's. Needs /proc.
+        """
+        self._fd = -1
+        pid = _pid_of_descriptor(fd)
+        self._fd = fd
+        self._pid = pid
+
+    @classmethod
+    def open(
+        cls, target: Target, *, verify: Callable[[int], object] | None = None
+    ) -> Self:
+        """Open a process: a pid, or an object with a ``.pid``, such as a Popen.
+
+        verify(pid) is asked after the descriptor is open; the process must then still
+        be running. So what verify finds in /proc is true of this very process.
+
+        Raises ProcessLookupError if there is no such process, if the object says that
+        it has been reaped, or if verify says no; ValueError for a pid that is not
+        positive, or is the id of a thread; TypeError for what is no target; and OSError
+        with EMFILE when no descriptor is left. A Pidfd gives a second, independent one.
+        """
+        self = cls.__new__(cls)
+        self._fd = -1
+        if isinstance(target, Pidfd):
+            self._pid = target._pid
+            self._fd = os.dup(target.fileno())
+        else:
+            self._pid = _pid_of(target)
+            self._fd = _open(self._pid)
+        try:
+            # Asked now, because the pid could have been reused until it was open.
+            if _reaped(target):
+                raise ProcessLookupError(ESRCH, f"Process {self._pid} has been reaped")
+            if verify is not None:
+                self._verify(verify)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _verify(self, verify: Callable[[int], object]) -> None:
+        if not verify(self._pid):
+            raise ProcessLookupError(ESRCH, f"Process {self._pid} is not the one meant")
+        if self.exited:
+            raise ProcessLookupError(ESRCH, f"Process {self._pid} has exited")
+
+    @property
+    def pid(self) -> int:
+        """The process's pid, which may be another's once this process has been reaped.
+
+        For ``Pidfd(fd)``, -1 if it had been reaped before, and 0 if it is in a pid
+        namespace that the caller cannot see.
+        """
+        return self._pid
+
+    def fileno(self) -> int:
+        """The descriptor; it polls readable when the process has exited."""
+        if self._fd < 0:
+            raise ValueError("operation on a closed Pidfd")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor. A second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @property
+    def exited(self) -> bool:
+        """Whether the process has exited, a zombie included: its memory is back."""
+        return self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the exit, at most timeout seconds; say whether it has come.
+
+        It never reaps: the exit status stays with the parent.
+        """
+        remaining = seconds("timeout", timeout, optional=True)
+        deadline = monotonic() + remaining
+        while not _poll(self.fileno(), min(remaining, _LONGEST_POLL)):
+            remaining = deadline - monotonic()
+            if remaining <= 0:
+                return False
+        return True
+
+    def send_signal(self, sig: SupportsIndex, /) -> None:
+        """Send a signal; 0 only checks that the process exists and may be signalled.
+
+        Raises ProcessLookupError if it has been reaped, PermissionError if the caller
+        may not signal it, and ValueError if sig is no signal number.
+        """
+        try:
+            pidfd_send_signal(self.fileno(), sig)
+        except OSError as error:
+            # The kernel says EINVAL, too, of a process outside the caller's namespace.
+            if error.errno == EINVAL and self._pid != 0:
+                raise ValueError(f"{sig!r} is not a signal number") from None
+            raise
+
+    def kill(self, **options: Unpack[KillOptions]) -> KillResult:
+        """Kill the process and free its memory: see mrelease.kill()."""
+        from ._kill import kill
+
+        return kill(self, **options)
+
+    def terminate(self, **options: Unpack[TerminateOptions]) -> KillResult:
+        """Ask the process to end, then kill it: see mrelease.terminate()."""
+        from ._kill import terminate
+
+        return terminate(self, **options)
+
+    def release(self, *, timeout: float | None = 0.0) -> KillResult:
+        """Free the memory of a process that was killed: see mrelease.release()."""
+        from ._kill import release
+
+        return release(self, timeout=timeout)
+
+    def cgroup_id(self) -> int:
+        """The inode number of the process's cgroup v2 directory. Linux 6.13.
+
+        Raises OSError: ENOTTY on older kernels, ESRCH once the process has been reaped,
+        ENODATA if the kernel does not say.
+        """
+        from fcntl import ioctl
+
+        info = bytearray(64)  # struct pidfd_info: u64 mask, u64 cgroupid, ...
+        info[:8] = _PIDFD_INFO_CGROUPID.to_bytes(8, byteorder)
+        ioctl(self.fileno(), _PIDFD_GET_INFO, info)
+        if not int.from_bytes(info[:8], byteorder) & _PIDFD_INFO_CGROUPID:
+            raise OSError(ENODATA, "The kernel does not tell the cgroup id")
+        return int.from_bytes(info[8:16], byteorder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Unset if __init__() was called with the wrong arguments.
+        if getattr(self, "_fd", -1) >= 0:
+            warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = f"fd={self._fd}" if self._fd >= 0 else "closed"
+        return f"<Pidfd pid={self._pid} {state}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("cannot copy or pickle a Pidfd: it owns a descriptor")
+
+
+def seconds(name: str, value: float | None, *, optional: bool = False) -> float:
+    """Check a number of seconds; None, where it is allowed, means no limit."""
+    if value is None and optional:
+        return float("inf")
+    try:
+        valid = value >= 0  # type: ignore[operator]  # not so for NaN
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a number of seconds, not {type(value).__name__}"
+        ) from None
+    if not valid:
+        raise ValueError(f"{name} must be zero or more seconds, not {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def _poll(fd: int, timeout: float) -> bool:
+    poller = poll()
+    poller.register(fd, POLLIN)
+    events = poller.poll(timeout * 1000)
+    if events and events[0][1] & POLLNVAL:
+        raise OSError(EBADF, "The descriptor was closed outside its Pidfd")
+    return bool(events)
+
+
+def _open(pid: int) -> int:
+    try:
+        return pidfd_open(pid)
+    except OSError as error:
+        if error.errno not in (ESRCH, EINVAL, ENOENT):
+            raise
+    # Either error may also come of a process just being reaped, so look again.
+    leader = _leader(pid)
+    if leader not in (None, pid):
+        raise ValueError(f"{pid} is the id of a thread of process {leader}")
+    raise ProcessLookupError(ESRCH, f"No process has the pid {pid}")
+
+
+def _leader(tid: int) -> int | None:
+    try:
+        return int(_proc.fields(f"/proc/{tid}/status")[b"Tgid"])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _pid_of(target: object) -> int:
+    pid: Any = getattr(target, "pid", target)
+    if target is not None and pid is None:
+        raise ValueError(f"{target!r} has not been started")
+    # True is no pid of 1: whoever passes it did not mean to.
+    if isinstance(pid, bool) or not hasattr(pid, "__index__"):
+        raise TypeError(
+            "a target must be a pid, a Pidfd or an object with a pid, "
+            f"not {type(target).__name__}"
+        )
+    if pid <= 0:
+        raise ValueError(f"a pid must be positive, not {pid}")
+    return int(pid)
+
+
+def _pid_of_descriptor(fd: int) -> int:
+    os.fstat(fd)  # EBADF unless it is open, TypeError unless it is an int
+    info = _proc.fields(f"/proc/self/fdinfo/{fd}")
+    if b"Pid" not in info:
+        raise OSError(EBADF, f"Descriptor {fd} is not a pidfd")
+    if int(info[b"flags"], 8) & PIDFD_THREAD:
+        raise ValueError(f"pidfd {fd} is of a thread, not a process (PIDFD_THREAD)")
+    return int(info[b"Pid"])
+
+
+def _reaped(target: object) -> bool:
+    """Whether a process object says that its process has been reaped."""
+    for status in ("returncode", "exitcode"):
+        if getattr(target, status, None) is not None:
+            return True
+    is_running = getattr(target, "is_running", None)  # psutil
+    return is_running is not None and not is_running()

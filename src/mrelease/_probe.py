@@ -1,0 +1,132 @@
+"""What this machine supports, asked of the kernel itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from warnings import catch_warnings, simplefilter
+
+from . import _proc
+from ._mrelease import pidfd_open, process_mrelease
+from ._pidfd import Pidfd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+
+def probe() -> dict[str, object]:
+    """Ask what works here: {"kernel": release, feature: True or why not, ...}.
+
+    The features: "pidfd_open" (Linux 5.3), "process_mrelease" (5.15), "pidfd_info"
+    (6.13) and "cgroup_kill" (5.14). Each system call is tried in a forked child, so
+    that a seccomp filter which kills cannot take the caller. Costs a few milliseconds.
+
+    Raises OSError if no child can be forked, RuntimeError in a subinterpreter that may
+    not fork. Thread-safe.
+    """
+    return {
+        "kernel": os.uname().release,
+        "pidfd_open": _ask(_try_pidfd_open, "5.3"),
+        "process_mrelease": _ask(_try_process_mrelease, "5.15"),
+        "pidfd_info": _ask(_try_pidfd_info, "6.13"),
+        "cgroup_kill": _cgroup_kill(),
+    }
+
+
+def is_supported() -> bool:
+    """Whether kill() can free memory here: pidfd_open(2) and process_mrelease(2) work.
+
+    Costs and raises as probe(). Thread-safe.
+    """
+    return (
+        _ask(_try_pidfd_open, "5.3") is True
+        and _ask(_try_process_mrelease, "5.15") is True
+    )
+
+
+def _try_pidfd_open() -> None:
+    os.close(pidfd_open(os.getpid()))
+
+
+def _try_process_mrelease() -> None:
+    try:
+        process_mrelease(-1)
+    except OSError as error:
+        # What a kernel says that knows the call.
+        if error.errno != errno.EBADF:
+            raise
+
+
+def _try_pidfd_info() -> None:
+    with Pidfd.open(os.getpid()) as pidfd:
+        pidfd.cgroup_id()
+
+
+def _ask(attempt: Callable[[], None], since: str) -> bool | str:
+    """Try something in a child; say True, or why it does not work."""
+    code = _in_child(attempt)
+    if code == 0:
+        return True
+    if code in (errno.ENOSYS, errno.ENOTTY) and _kernel_before(since):
+        return f"kernel older than {since}"
+    if code in (None, errno.ENOSYS, errno.EPERM, errno.EACCES):
+        return "seccomp"
+    return os.strerror(code)
+
+
+def _in_child(attempt: Callable[[], None]) -> int | None:
+    """Run attempt in a forked child; return 0, its errno, or None if it was killed."""
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as pipe:
+        try:
+            child = _fork()
+            if child == 0:
+                _answer(attempt, writer)
+        finally:
+            os.close(writer)
+        answer = pipe.read(1)
+    # An application that reaps every child itself may be first: the answer is here.
+    with suppress(ChildProcessError):
+        os.waitpid(child, 0)
+    return answer[0] if answer else None
+
+
+def _fork() -> int:
+    with catch_warnings():
+        # Of a threaded process's child, which may wait for a lock that another thread
+        # held. This one takes none.
+        simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _answer(attempt: Callable[[], None], writer: int) -> NoReturn:
+    """In the child: write the errno of attempt and exit, whatever happens."""
+    code = errno.EIO
+    try:
+        attempt()
+        code = 0
+    except OSError as error:
+        code = error.errno or code
+    finally:
+        os.write(writer, bytes([code]))
+        os._exit(0)
+
+
+def _cgroup_kill() -> bool | str:
+    # Every cgroup but the root has the file, so there may be none to look at.
+    if _kernel_before("5.14"):
+        return "kernel older than 5.14"
+    mounts = _proc.read("/proc/self/mountinfo").split(b"\n")
+    return any(b" - cgroup2 " in mount for mount in mounts) or "no cgroup v2 mounted"
+
+
+def _kernel_before(version: str) -> bool:
+    return _numbers(os.uname().release) < _numbers(version)
+
+
+def _numbers(release: str) -> tuple[int, int]:
+    major, minor, *_ = release.split("-")[0].split(".")
+    return int(major), int("".join(filter(str.isdigit, minor)))
