@@ -6,20 +6,20 @@ frees the memory itself, with process_mrelease(2) of Linux 5.15, and says what c
 of it. Where the kernel lacks the call the kill stands, and the result says so.
 """
 
-from ._kill import KillResult as KillResult
-from ._kill import kill as kill
-from ._kill import release as release
-from ._kill import terminate as terminate
 from ._mrelease import PIDFD_NONBLOCK as PIDFD_NONBLOCK
 from ._mrelease import PIDFD_THREAD as PIDFD_THREAD
 from ._mrelease import kill_and_release as kill_and_release
 from ._mrelease import pidfd_open as pidfd_open
 from ._mrelease import pidfd_send_signal as pidfd_send_signal
 from ._mrelease import process_mrelease as process_mrelease
-from ._pidfd import Pidfd as Pidfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._kill import KillResult as KillResult
+    from ._kill import kill as kill
+    from ._kill import release as release
+    from ._kill import terminate as terminate
+    from ._pidfd import Pidfd as Pidfd
     from ._probe import is_supported as is_supported
     from ._probe import probe as probe
 
@@ -41,15 +41,24 @@ __all__ = [
     "terminate",
 ]
 
-# Not needed to kill, so loaded when first asked for (PEP 562).
-_LAZY = {"is_supported": "_probe", "probe": "_probe"}
+# Where the names live that are loaded when first asked for (PEP 562). Any of the kill's
+# loads the whole way of a kill, so that ``from mrelease import kill`` at start-up
+# leaves nothing to load when memory is short.
+_LAZY = {
+    "KillResult": "_kill",
+    "Pidfd": "_kill",
+    "is_supported": "_probe",
+    "kill": "_kill",
+    "probe": "_probe",
+    "release": "_kill",
+    "terminate": "_kill",
+}
 
 
 def __getattr__(name: str) -> object:
-    try:
-        module = __import__(_LAZY[name], globals(), level=1, fromlist=[name])
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = __import__(f"{__name__}.{_LAZY[name]}", fromlist=[name])
     value: object = getattr(module, name)
     globals()[name] = value
     return value

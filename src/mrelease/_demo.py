@@ -1,0 +1,265 @@
+"""Starved victims, killed by SIGKILL alone and by mrelease, and how they fare.
+
+Shared by ``mrelease demo`` and the project's benchmarks.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import contextmanager
+from threading import Thread
+from time import monotonic, sleep
+
+from . import _proc
+from ._kill import SIGKILL, kill
+from ._pidfd import Pidfd
+from ._probe import is_supported
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import TypeAlias
+
+    Child: TypeAlias = subprocess.Popen[bytes]
+
+_MIB = 2**20
+_BACK = 0.95  # the part of a victim's memory that counts as all of it
+_CUT_OFF = 15.0  # seconds
+
+# Both end with their parent, even if that is killed: the victim by the end of its
+# standard input, a spinner by looking.
+_VICTIM = """
+import mmap, sys
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+try:
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+except OSError:
+    pass  # a kernel without huge pages
+for offset in range(0, size, mmap.PAGESIZE):
+    memory[offset] = 1
+print("ready", flush=True)
+sys.stdin.read()
+"""
+_SPINNER = """
+import os, sys
+print("ready", flush=True)
+told = sys.stdin.readline()
+while told and os.getppid() == int(sys.argv[1]):
+    for _ in range(1_000_000):
+        pass
+"""
+
+
+class Run:
+    """One kill as it was seen: seconds until 95 % was back, and until exit."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held = size
+        self.elapsed = 0.0
+        self.back: float | None = None
+        self.exit: float | None = None
+
+
+def by_sigkill(victim: Child) -> None:
+    """Kill as everybody does: the memory comes back when the victim gets to run."""
+    os.kill(victim.pid, SIGKILL)
+
+
+def by_mrelease(victim: Child) -> None:
+    """Kill and release."""
+    kill(victim, timeout=_CUT_OFF)
+
+
+def measure(
+    size: int,
+    method: Callable[[Child], None],
+    show: Callable[[Run], None],
+    limit: float = _CUT_OFF,
+) -> Run:
+    """Kill a starved victim of its own and watch its memory come back.
+
+    A victim's own figures vanish long before its memory is back, so what it holds is
+    read from the machine's: AnonPages, against its value before the victim was born.
+    """
+    with _children() as children:
+        for _ in os.sched_getaffinity(0):
+            _spawn(children, _SPINNER, os.getpid())
+        before = _anonymous_pages()
+        victim = _spawn(children, _VICTIM, size)
+        os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
+        for spinner in children[:-1]:
+            _tell(spinner)
+        with Pidfd.open(victim) as pidfd:
+            thread = Thread(target=method, args=(victim,))
+            thread.start()
+            run = _watch(pidfd, size, before, show, limit)
+    thread.join()
+    return run
+
+
+def _watch(
+    pidfd: Pidfd, size: int, before: int, show: Callable[[Run], None], limit: float
+) -> Run:
+    run = Run(size)
+    start = monotonic()
+    while run.exit is None and run.elapsed < limit:
+        exited = pidfd.exited
+        run.held = 0 if exited else max(0, _anonymous_pages() - before)
+        run.elapsed = monotonic() - start
+        if run.back is None and run.held <= (1 - _BACK) * size:
+            run.back = run.elapsed
+        if exited:
+            run.exit = run.elapsed
+        show(run)
+        # Often at first, to see milliseconds, then seldom.
+        sleep(min(0.05, 0.002 + run.elapsed / 50))
+    return run
+
+
+@contextmanager
+def _children() -> Generator[list[Child]]:
+    """A list of processes that are killed and reaped in the end, all of them."""
+    children: list[Child] = []
+    try:
+        yield children
+    finally:
+        # All first: a starved one exits only when the spinners are gone.
+        for child in children:
+            child.kill()
+        for child in children:
+            child.communicate()
+
+
+def _spawn(children: list[Child], program: str, argument: int) -> Child:
+    """Start a child, and return when it says that it is ready."""
+    # In a process group of its own, so that Ctrl-C reaches the demo alone; but not in a
+    # session of its own, which the scheduler may treat as one more equal share.
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", program, str(argument)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        process_group=0,
+    )
+    children.append(child)
+    assert child.stdout is not None
+    if child.stdout.readline() != b"ready\n":
+        raise RuntimeError(f"a victim ended before it was ready: status {child.wait()}")
+    return child
+
+
+def _tell(spinner: Child) -> None:
+    assert spinner.stdin is not None
+    spinner.stdin.write(b"go\n")
+    spinner.stdin.flush()
+
+
+def _anonymous_pages() -> int:
+    return _meminfo(b"AnonPages")
+
+
+def _meminfo(name: bytes) -> int:
+    """A figure of /proc/meminfo, in bytes."""
+    return int(_proc.fields("/proc/meminfo")[name].split()[0]) * 1024
+
+
+def _default_size() -> int:
+    """The smaller of 1 GiB and a quarter of what is available, in whole MiB."""
+    size = min(1024 * _MIB, _meminfo(b"MemAvailable") // 4)
+    return max(_MIB, size // _MIB * _MIB)
+
+
+def run(size: int | None, runs: int) -> int:
+    """The command: the runs, live, then a table. Returns the exit status."""
+    if not is_supported():
+        print("mrelease: not supported here; mrelease doctor says why", file=sys.stderr)
+        return 5
+    size = size or _default_size()
+    print(
+        f"Victims of {size // _MIB} MiB at SCHED_IDLE beside a spinner on each of "
+        f"{len(os.sched_getaffinity(0))} CPUs, Linux {os.uname().release}\n"
+    )
+    methods = {"SIGKILL alone": by_sigkill, "mrelease.kill": by_mrelease}
+    seen: dict[str, list[Run]] = {name: [] for name in methods}
+    for _ in range(runs):
+        for name, method in methods.items():
+            seen[name].append(measure(size, method, _Display(name).show))
+    print(f"\n{table(seen)}")
+    return 0
+
+
+class _Display:
+    """Shows a run: a bar that shrinks on a terminal, else a line a second."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.live = sys.stdout.isatty()
+        self.next_line = 0.0
+        self.was_back = False
+
+    def show(self, run: Run) -> None:
+        last = run.exit is not None or run.elapsed >= _CUT_OFF
+        if self.live:
+            width = 30
+            filled = min(width, round(width * run.held / run.size))
+            bar = "#" * filled + "." * (width - filled)
+            end = "\n" if last else ""
+            print(f"\r{self._line(run)}  {bar}\x1b[K", end=end, flush=True)
+            return
+        came_back = run.back is not None and not self.was_back
+        if last or came_back or run.elapsed >= self.next_line:
+            print(self._line(run), flush=True)
+            self.next_line = run.elapsed + 1.0
+        self.was_back = run.back is not None
+
+    def _line(self, run: Run) -> str:
+        state = "exited" if run.exit is not None else f"{run.held / _MIB:.0f} MiB held"
+        return f"{self.name:<14} {run.elapsed:8.3f} s  {state:<14}"
+
+
+def table(seen: dict[str, list[Run]]) -> str:
+    """Seconds until 95 % is back and until exit, and how many times sooner the last."""
+    lines = [f"{'seconds until':<14} {'95 % back':>22} {'exit':>22}"]
+    for name, runs in seen.items():
+        back = _spread([run.back for run in runs])
+        exit_ = _spread([run.exit for run in runs])
+        lines.append(f"{name:<14} {back:>22} {exit_:>22}")
+    first, *_, last = seen.values()
+    back = _ratio([run.back for run in first], [run.back for run in last])
+    exit_ = _ratio([run.exit for run in first], [run.exit for run in last])
+    lines.append(f"{'times sooner':<14} {back:>22} {exit_:>22}")
+    for name, runs in seen.items():
+        held = [run.held for run in runs if run.exit is None]
+        if held:
+            lines.append(
+                f"{name}: cut off after {_CUT_OFF:.0f} s in {len(held)} of {len(runs)} "
+                f"runs, {max(held) / _MIB:.0f} MiB still held"
+            )
+    return "\n".join(lines)
+
+
+def _spread(times: list[float | None]) -> str:
+    """The median, and the lowest and highest if there are several."""
+    known = [time if time is not None else float("inf") for time in times]
+    median = _seconds(statistics.median_low(known))
+    if len(known) == 1:
+        return median
+    return f"{median} [{_seconds(min(known))}-{_seconds(max(known))}]"
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.3f}" if time < float("inf") else f"> {_CUT_OFF:.0f}"
+
+
+def _ratio(slow: list[float | None], fast: list[float | None]) -> str:
+    """How many times the median of fast goes into that of slow, at least if cut off."""
+    if None in fast:
+        return "?"
+    cut = None in slow
+    above = statistics.median_low([_CUT_OFF if t is None else t for t in slow])
+    below = statistics.median_low([t for t in fast if t is not None])
+    return f"{'> ' if cut else ''}{above / below:.0f}"
