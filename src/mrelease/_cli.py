@@ -259,8 +259,11 @@ def _status_of_error(error: OSError | ValueError) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from . import _doctor
 
-    report = _doctor.examine()
-    print(json.dumps(report) if options.json else _doctor.text(report))
+    report, advice = _doctor.examine()
+    if options.json:
+        print(json.dumps({**report, "advice": advice}))
+    else:
+        print(_doctor.text(report, advice))
     return OK if report["process_mrelease"] is True else NOT_SUPPORTED
 
 

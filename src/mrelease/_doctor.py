@@ -30,14 +30,14 @@ _NO_CAPABILITY = {
     "set AmbientCapabilities=CAP_KILL",
     "CAP_SYS_NICE": "a starved victim is released, but not hurried through its exit: "
     "run as root, or in systemd set AmbientCapabilities=CAP_SYS_NICE",
-    "CAP_IPC_LOCK": "the caller's memory can be locked up to RLIMIT_MEMLOCK only: run as "
-    "root, or in systemd set LimitMEMLOCK=infinity",
+    "CAP_IPC_LOCK": "the caller's memory can be locked up to RLIMIT_MEMLOCK only: run "
+    "as root, or in systemd set LimitMEMLOCK=infinity",
 }
 _ONE_CPU = "a victim cannot be kept off the caller's CPU, so a sleeping one may win"
 
 
-def examine() -> dict[str, object]:
-    """The probe, the caller's privileges, seccomp, CPUs, and advice for each lack."""
+def examine() -> tuple[dict[str, object], dict[str, str]]:
+    """The probe, the caller's privileges, seccomp and CPUs; and advice for each lack."""
     status = _proc.fields("/proc/self/status")
     effective = int(status[b"CapEff"], 16)
     report = probe()
@@ -45,8 +45,7 @@ def examine() -> dict[str, object]:
         report[name] = bool(effective >> bit & 1)
     report["seccomp"] = _SECCOMP.get(status.get(b"Seccomp", b""), "unknown")
     report["cpus"] = len(os.sched_getaffinity(0))
-    report["advice"] = _advice(report)
-    return report
+    return report, _advice(report)
 
 
 def _advice(report: dict[str, object]) -> dict[str, str]:
@@ -62,22 +61,12 @@ def _advice(report: dict[str, object]) -> dict[str, str]:
     return advice
 
 
-def text(report: dict[str, object]) -> str:
-    """A report for people, a line a finding, the advice below its finding."""
-    advice = report["advice"]
-    assert isinstance(advice, dict)
+def text(report: dict[str, object], advice: dict[str, str]) -> str:
+    """Both for people: a line a finding, and the advice below its finding."""
     lines: list[str] = []
     for name, value in report.items():
-        if name == "advice":
-            continue
-        shown = (
-            {True: "yes", False: "no"}.get(value, value) if _is_flag(value) else value
-        )
+        shown = "yes" if value is True else "no" if value is False else value
         lines.append(f"{name:<17} {shown}")
         if name in advice:
             lines.append(f"{'':<17} -> {advice[name]}")
     return "\n".join(lines)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
