@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ._kill import KillOptions
+    from ._types import KillOptions
 
 # Exit statuses; of several targets the highest counts.
 OK = 0

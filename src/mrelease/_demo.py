@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from threading import Thread
 from time import monotonic, sleep
+from typing import TypeAlias
 
 from . import _proc
 from ._kill import SIGKILL, kill
@@ -21,9 +22,8 @@ from ._probe import is_supported
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from typing import TypeAlias
 
-    Child: TypeAlias = subprocess.Popen[bytes]
+Child: TypeAlias = "subprocess.Popen[bytes]"
 
 _MIB = 2**20
 _BACK = 0.95  # the part of a victim's memory that counts as all of it

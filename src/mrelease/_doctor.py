@@ -37,7 +37,7 @@ _ONE_CPU = "a victim cannot be kept off the caller's CPU, so a sleeping one may 
 
 
 def examine() -> tuple[dict[str, object], dict[str, str]]:
-    """The probe, the caller's privileges, seccomp and CPUs; and advice for each lack."""
+    """The probe, the caller's privileges, seccomp, CPUs; and advice for each lack."""
     status = _proc.fields("/proc/self/status")
     effective = int(status[b"CapEff"], 16)
     report = probe()

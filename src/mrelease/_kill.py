@@ -14,35 +14,9 @@ from ._sched import bar, boost, unbar
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal, NoReturn, SupportsIndex, TypeAlias, TypedDict
+    from typing import NoReturn, SupportsIndex
 
-    from ._pidfd import Target
-
-    Outcome: TypeAlias = Literal[
-        "released",
-        "exited",
-        "exiting",
-        "busy",
-        "partial",
-        "unsupported",
-        "blocked",
-        "alive",
-    ]
-
-    class KillOptions(TypedDict, total=False):
-        """The keyword arguments of kill()."""
-
-        timeout: float | None
-        wait: bool
-        boost: bool
-        settle: float
-        measure: bool
-
-    class TerminateOptions(KillOptions, total=False):
-        """The keyword arguments of terminate()."""
-
-        grace: float
-        signal: SupportsIndex
+    from ._types import Outcome, Target
 
 
 # Linux has these numbers on every architecture; the signal module costs an enum.
@@ -293,19 +267,17 @@ class _Sequence:
         self.attempts = 0
 
     def kill(self, pidfd: Pidfd) -> KillResult:
-        _check_victim(pidfd)
-        pidfd.send_signal(0)
+        self._check(pidfd)
         return self._kill(pidfd)
 
     def terminate(
         self, pidfd: Pidfd, grace: float, signal: SupportsIndex
     ) -> KillResult:
-        _check_victim(pidfd)
-        number = signal.__index__()
-        if number < 1:
-            raise ValueError(f"{signal!r} is not the number of a signal")
-        pidfd.send_signal(number)
-        self.signal = number
+        self._check(pidfd)
+        if not signal.__index__() > 0:
+            raise ValueError(f"{signal!r} is not the number of a signal to end by")
+        pidfd.send_signal(signal)
+        self.signal = int(signal)
         if pidfd.wait(grace):
             return self._result(pidfd)
         return self._kill(pidfd)
@@ -315,9 +287,17 @@ class _Sequence:
         self._await_memory(pidfd, monotonic() + self.timeout)
         return self._result(pidfd)
 
-    def _kill(self, pidfd: Pidfd) -> KillResult:
+    def _check(self, pidfd: Pidfd) -> None:
+        """Raise, with nothing touched, unless this process may be killed."""
+        if pidfd.pid == 1:
+            raise ValueError("refusing to kill pid 1, the init process")
+        if pidfd.pid == os.getpid():
+            raise ValueError(f"refusing to kill the calling process, {pidfd.pid}")
+        pidfd.send_signal(0)
         if self.measure:
             self.held = _proc.anonymous(pidfd.pid) or 0
+
+    def _kill(self, pidfd: Pidfd) -> KillResult:
         deadline = monotonic() + self.timeout
         try:
             if self.settle:
@@ -408,10 +388,3 @@ class _Sequence:
             # then, nobody can see how much of it is still to be freed.
             left = 0 if released else None
         return None if left is None else max(0, self.held - left)
-
-
-def _check_victim(pidfd: Pidfd) -> None:
-    if pidfd.pid == 1:
-        raise ValueError("refusing to kill pid 1, the init process")
-    if pidfd.pid == os.getpid():
-        raise ValueError(f"refusing to kill the calling process, pid {pidfd.pid}")

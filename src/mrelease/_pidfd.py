@@ -16,17 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, Unpack
+    from typing import Any, Self, SupportsIndex, Unpack
 
-    from ._kill import KillOptions, KillResult, TerminateOptions
-
-    class HasPid(Protocol):
-        """subprocess.Popen, multiprocessing.Process, psutil.Process and their like."""
-
-        @property
-        def pid(self) -> int | None: ...
-
-    Target: TypeAlias = SupportsIndex | HasPid
+    from ._kill import KillResult
+    from ._types import KillOptions, Target, TerminateOptions
 
 _PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13; ioctl(2) encodes it alike everywhere
 _PIDFD_INFO_CGROUPID = 4

@@ -1,0 +1,43 @@
+"""Types of the public functions: for type checkers, never imported at run time."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, SupportsIndex, TypeAlias, TypedDict
+
+
+class HasPid(Protocol):
+    """subprocess.Popen, multiprocessing.Process, psutil.Process and their like."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+
+Target: TypeAlias = SupportsIndex | HasPid
+
+Outcome: TypeAlias = Literal[
+    "released",
+    "exited",
+    "exiting",
+    "busy",
+    "partial",
+    "unsupported",
+    "blocked",
+    "alive",
+]
+
+
+class KillOptions(TypedDict, total=False):
+    """The keyword arguments of kill()."""
+
+    timeout: float | None
+    wait: bool
+    boost: bool
+    settle: float
+    measure: bool
+
+
+class TerminateOptions(KillOptions, total=False):
+    """The keyword arguments of terminate()."""
+
+    grace: float
+    signal: SupportsIndex
