@@ -23,11 +23,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-Child: TypeAlias = "subprocess.Popen[bytes]"
+Child: TypeAlias = subprocess.Popen[bytes]
 
 _MIB = 2**20
 _BACK = 0.95  # the part of a victim's memory that counts as all of it
 _CUT_OFF = 15.0  # seconds
+_SPREAD = 0.2  # seconds until the scheduler has the spinners on all CPUs
 
 # Both end with their parent, even if that is killed: the victim by the end of its
 # standard input, a spinner by looking.
@@ -48,6 +49,7 @@ _SPINNER = """
 import os, sys
 print("ready", flush=True)
 told = sys.stdin.readline()
+print("spinning", flush=True)
 while told and os.getppid() == int(sys.argv[1]):
     for _ in range(1_000_000):
         pass
@@ -60,9 +62,19 @@ class Run:
     def __init__(self, size: int) -> None:
         self.size = size
         self.held = size
+        self.start = monotonic()
         self.elapsed = 0.0
         self.back: float | None = None
         self.exit: float | None = None
+
+    def look(self, exited: bool, held: int) -> None:
+        """Take note of what is seen now."""
+        self.held = 0 if exited else max(0, held)
+        self.elapsed = monotonic() - self.start
+        if self.back is None and self.held <= (1 - _BACK) * self.size:
+            self.back = self.elapsed
+        if exited:
+            self.exit = self.elapsed
 
 
 def by_sigkill(victim: Child) -> None:
@@ -93,31 +105,18 @@ def measure(
         victim = _spawn(children, _VICTIM, size)
         os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
         for spinner in children[:-1]:
-            _tell(spinner)
+            _start_spinning(spinner)
+        sleep(_SPREAD)
         with Pidfd.open(victim) as pidfd:
+            run = Run(size)
             thread = Thread(target=method, args=(victim,))
             thread.start()
-            run = _watch(pidfd, size, before, show, limit)
+            while run.exit is None and run.elapsed < limit:
+                run.look(pidfd.exited, _anonymous_pages() - before)
+                show(run)
+                # Often at first, to see milliseconds, then seldom.
+                sleep(min(0.05, 0.002 + run.elapsed / 50))
     thread.join()
-    return run
-
-
-def _watch(
-    pidfd: Pidfd, size: int, before: int, show: Callable[[Run], None], limit: float
-) -> Run:
-    run = Run(size)
-    start = monotonic()
-    while run.exit is None and run.elapsed < limit:
-        exited = pidfd.exited
-        run.held = 0 if exited else max(0, _anonymous_pages() - before)
-        run.elapsed = monotonic() - start
-        if run.back is None and run.held <= (1 - _BACK) * size:
-            run.back = run.elapsed
-        if exited:
-            run.exit = run.elapsed
-        show(run)
-        # Often at first, to see milliseconds, then seldom.
-        sleep(min(0.05, 0.002 + run.elapsed / 50))
     return run
 
 
@@ -152,10 +151,12 @@ def _spawn(children: list[Child], program: str, argument: int) -> Child:
     return child
 
 
-def _tell(spinner: Child) -> None:
+def _start_spinning(spinner: Child) -> None:
     assert spinner.stdin is not None
+    assert spinner.stdout is not None
     spinner.stdin.write(b"go\n")
     spinner.stdin.flush()
+    spinner.stdout.readline()
 
 
 def _anonymous_pages() -> int:

@@ -14,9 +14,20 @@ from ._sched import bar, boost, unbar
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn, SupportsIndex
+    from typing import Literal, NoReturn, TypeAlias
 
-    from ._types import Outcome, Target
+    from ._types import Target
+
+    _Outcome: TypeAlias = Literal[
+        "released",
+        "exited",
+        "exiting",
+        "busy",
+        "partial",
+        "unsupported",
+        "blocked",
+        "alive",
+    ]
 
 
 # Linux has these numbers on every architecture; the signal module costs an enum.
@@ -28,7 +39,7 @@ _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
 _PASSING = (EAGAIN, EINVAL)
-_OUTCOMES: dict[int, Outcome] = {
+_OUTCOMES: dict[int, _Outcome] = {
     0: "released",
     EAGAIN: "partial",
     EINVAL: "busy",
@@ -70,7 +81,7 @@ class KillResult:
     )
 
     pid: int
-    outcome: Outcome
+    outcome: _Outcome
     released: bool
     exited: bool
     signal: int | None
@@ -82,7 +93,7 @@ class KillResult:
     def __init__(
         self,
         pid: int,
-        outcome: Outcome,
+        outcome: _Outcome,
         released: bool,
         exited: bool,
         signal: int | None,
@@ -193,7 +204,7 @@ def terminate(
     target: Target,
     *,
     grace: float = 10.0,
-    signal: SupportsIndex = SIGTERM,
+    signal: int = SIGTERM,
     timeout: float | None = 1.0,
     wait: bool = False,
     boost: bool = True,
@@ -209,6 +220,10 @@ def terminate(
     """
     sequence = _Sequence(timeout, wait, boost, settle, measure)
     grace = seconds("grace", grace)
+    if not isinstance(signal, int):
+        raise TypeError(f"signal must be an int, not {type(signal).__name__}")
+    if signal <= 0:
+        raise ValueError(f"{signal} is not the number of a signal that ends a process")
     return _with_pidfd(target, lambda pidfd: sequence.terminate(pidfd, grace, signal))
 
 
@@ -261,7 +276,7 @@ class _Sequence:
         self.boost = boost
         self.measure = measure
         self.start = monotonic()
-        self.held = 0
+        self.held: int | None = None
         self.signal: int | None = None
         self.errno = 0
         self.attempts = 0
@@ -270,14 +285,10 @@ class _Sequence:
         self._check(pidfd)
         return self._kill(pidfd)
 
-    def terminate(
-        self, pidfd: Pidfd, grace: float, signal: SupportsIndex
-    ) -> KillResult:
+    def terminate(self, pidfd: Pidfd, grace: float, signal: int) -> KillResult:
         self._check(pidfd)
-        if not signal.__index__() > 0:
-            raise ValueError(f"{signal!r} is not the number of a signal to end by")
         pidfd.send_signal(signal)
-        self.signal = int(signal)
+        self.signal = signal
         if pidfd.wait(grace):
             return self._result(pidfd)
         return self._kill(pidfd)
@@ -295,7 +306,7 @@ class _Sequence:
             raise ValueError(f"refusing to kill the calling process, {pidfd.pid}")
         pidfd.send_signal(0)
         if self.measure:
-            self.held = _proc.anonymous(pidfd.pid) or 0
+            self.held = _proc.anonymous(pidfd.pid)
 
     def _kill(self, pidfd: Pidfd) -> KillResult:
         deadline = monotonic() + self.timeout
@@ -305,8 +316,9 @@ class _Sequence:
             else:
                 self._kill_and_release(pidfd)
         except ProcessLookupError:
-            # It may be signalled, but has exited and been reaped just now.
-            return self._result(pidfd)
+            if not pidfd.exited:
+                raise
+            return self._result(pidfd)  # it has been reaped since it was checked
         self._await_memory(pidfd, deadline)
         return self._result(pidfd)
 
@@ -373,7 +385,7 @@ class _Sequence:
             freed=self._freed(pidfd.pid, exited, released) if self.measure else None,
         )
 
-    def _outcome(self, pid: int, exited: bool) -> Outcome:
+    def _outcome(self, pid: int, exited: bool) -> _Outcome:
         if exited and (self.errno or not self.attempts):
             return "exited"
         outcome = _OUTCOMES.get(self.errno, "blocked")
@@ -383,8 +395,10 @@ class _Sequence:
 
     def _freed(self, pid: int, exited: bool, released: bool) -> int | None:
         left = 0 if exited else _proc.anonymous(pid)
-        if left is None:
-            # The victim has let go of its memory. Unless the release had succeeded by
-            # then, nobody can see how much of it is still to be freed.
-            left = 0 if released else None
-        return None if left is None else max(0, self.held - left)
+        if left is None and released:
+            left = 0
+        # None: the victim has let go of its memory, and nobody can see how much of it
+        # is still to be freed.
+        if left is None or self.held is None:
+            return None
+        return max(0, self.held - left)

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Any, Self, SupportsIndex, Unpack
+    from typing import Any, Self, Unpack
 
     from ._kill import KillResult
     from ._types import KillOptions, Target, TerminateOptions
@@ -131,7 +131,7 @@ class Pidfd:
                 return False
         return True
 
-    def send_signal(self, sig: SupportsIndex, /) -> None:
+    def send_signal(self, sig: int, /) -> None:
         """Send a signal; 0 only checks that the process exists and may be signalled.
 
         Raises ProcessLookupError if it has been reaped, PermissionError if the caller
@@ -192,8 +192,10 @@ class Pidfd:
     def __del__(self) -> None:
         # Unset if __init__() was called with the wrong arguments.
         if getattr(self, "_fd", -1) >= 0:
-            warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            try:
+                warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            finally:
+                self.close()
 
     def __repr__(self) -> str:
         state = f"fd={self._fd}" if self._fd >= 0 else "closed"

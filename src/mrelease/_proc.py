@@ -1,4 +1,8 @@
-"""What /proc says of a process: read as bytes, because a process names itself."""
+"""What /proc says of a process: read as bytes, because a process names itself.
+
+No kill may fail because /proc cannot be read, be it for want of a descriptor: what is
+said of threads and memory then is that none was seen.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +36,22 @@ def name(pid: int) -> str:
 
 
 def threads(pid: int) -> list[int]:
-    """The ids of a process's threads; none once it has been reaped."""
+    """The ids of a process's threads; none once it has been reaped, or unreadable."""
     try:
         return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # the module says why
         return []
 
 
 def anonymous(pid: int) -> int | None:
-    """Bytes of anonymous memory and swap; None without an address space to ask."""
+    """Bytes of anonymous memory and swap; None without an address space to read."""
     # A leader that has exited before its threads shows none: ask the next one.
     for tid in threads(pid):
         try:
             status = fields(f"/proc/{pid}/task/{tid}/status")
             sizes = [status[b"RssAnon"], status[b"VmSwap"]]  # such as b"1024 kB"
             return sum(1024 * int(size.split()[0]) for size in sizes)
-        except (FileNotFoundError, ProcessLookupError, KeyError):
+        except (OSError, KeyError):  # the module says why
             continue
     return None
 
@@ -62,6 +66,6 @@ def _thread_dying(task: str) -> bool:
         # The name, in parentheses, may hold anything, parentheses too.
         flags = int(read(f"{task}/stat").rpartition(b")")[2].split()[6])
         pending = int(fields(f"{task}/status")[b"SigPnd"], 16)
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # the module says why
         return True
     return bool(flags & (_PF_EXITING | _PF_SIGNALED) or pending & _SIGKILL_PENDING)

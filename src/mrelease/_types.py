@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, SupportsIndex, TypeAlias, TypedDict
+from typing import Protocol, SupportsIndex, TypeAlias, TypedDict
 
 
 class HasPid(Protocol):
@@ -13,17 +13,6 @@ class HasPid(Protocol):
 
 
 Target: TypeAlias = SupportsIndex | HasPid
-
-Outcome: TypeAlias = Literal[
-    "released",
-    "exited",
-    "exiting",
-    "busy",
-    "partial",
-    "unsupported",
-    "blocked",
-    "alive",
-]
 
 
 class KillOptions(TypedDict, total=False):
@@ -40,4 +29,4 @@ class TerminateOptions(KillOptions, total=False):
     """The keyword arguments of terminate()."""
 
     grace: float
-    signal: SupportsIndex
+    signal: int

@@ -1,0 +1,47 @@
+"""Calls as the tests want them: an errno for an OSError, a pidfd that is closed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mrelease import pidfd_open
+
+TESTS = Path(__file__).parent
+
+
+def errno_of(function: Callable[..., object], *args: object, **options: object) -> int:
+    """Call it; return the errno of the OSError it raised, 0 if none."""
+    try:
+        function(*args, **options)
+    except OSError as error:
+        assert error.errno
+        return error.errno
+    return 0
+
+
+@contextmanager
+def opened(pid: int, flags: int = 0) -> Iterator[int]:
+    """A raw pidfd."""
+    pidfd = pidfd_open(pid, flags)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def run_python(
+    program: str, *, under: tuple[str, ...] = (), options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that may import the tests' modules, in a fresh interpreter."""
+    return subprocess.run(
+        [*under, sys.executable, *options, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )

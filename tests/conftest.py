@@ -1,0 +1,102 @@
+"""What every test relies on: requirements that CI can insist on, and no leaks."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import victims
+from mrelease import process_mrelease
+
+
+def _why_no_strace() -> str | None:
+    return None if shutil.which("strace") else "needs strace"
+
+
+def _why_no_seccomp() -> str | None:
+    try:
+        import pyseccomp  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no libseccomp
+        return f"needs pyseccomp: {error}"
+    return None
+
+
+def _why_no_release() -> str | None:
+    try:
+        process_mrelease(-1)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            return f"needs process_mrelease(2): {error.strerror}"
+    return None
+
+
+def _why_no_subinterpreters() -> str | None:
+    return None if sys.version_info >= (3, 12) else "needs Python 3.12"
+
+
+# What a test may need: @pytest.mark.needs("root", ...). MRELEASE_REQUIRE names those
+# that must be there: a test that lacks one fails instead of being skipped.
+REASONS: dict[str, Callable[[], str | None]] = {
+    "cpus": victims.why_not_two_cpus,
+    "freezer": victims.why_no_freezer,
+    "fuse": victims.why_no_fuse,
+    "release": _why_no_release,
+    "root": victims.why_not_root,
+    "seccomp": _why_no_seccomp,
+    "strace": _why_no_strace,
+    "subinterpreters": _why_no_subinterpreters,
+}
+REQUIRED = set(filter(None, os.environ.get("MRELEASE_REQUIRE", "").split(",")))
+
+
+@functools.cache
+def _why_not(name: str) -> str | None:
+    return REASONS[name]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): skip without these: conftest.py")
+    if unknown := REQUIRED - REASONS.keys():
+        raise pytest.UsageError(f"MRELEASE_REQUIRE: unknown {', '.join(unknown)}")
+
+
+def pytest_report_header() -> str:
+    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return (
+        f"Linux {os.uname().release}, uid {os.geteuid()}, GIL {'on' if gil else 'off'}"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for name in marker.args:
+            if reason := _why_not(name):
+                if name in REQUIRED:
+                    pytest.fail(f"{reason}, and MRELEASE_REQUIRE demands it")
+                pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """No test leaves a descriptor, a child process, or its affinity changed."""
+    before = _descriptors(), os.sched_getaffinity(0)
+    yield
+    assert (_descriptors(), os.sched_getaffinity(0)) == before
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+def _descriptors() -> set[str]:
+    listed = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            listed.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
+        except FileNotFoundError:
+            continue  # the one that listed them
+    return listed

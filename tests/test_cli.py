@@ -1,0 +1,234 @@
+"""The command: kill and doctor on real processes, exit statuses, the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+import victims
+from calls import run_python
+
+COMMAND = (sys.executable, "-m", "mrelease")
+OUTCOMES = ("released", "exited")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=50
+    )
+
+
+def test_a_line_a_process_with_name_outcome_size_and_time() -> None:
+    with victims.victim(16) as one, victims.victim(32) as two:
+        result = run("kill", "--wait", one.pid, two.pid)
+        assert (result.returncode, result.stderr) == (0, "")
+        for victim, line in zip((one, two), result.stdout.splitlines(), strict=True):
+            pid, name, outcome, size, mib, time, ms = line.split()
+            assert (int(pid), mib, ms) == (victim.pid, "MiB", "ms")
+            assert name.startswith("python")
+            assert outcome in OUTCOMES
+            assert float(size) >= (16 if victim is one else 32)
+            assert float(time) > 0
+            assert victim.exited()
+
+
+def test_json_is_an_object_a_line() -> None:
+    with victims.victim(16) as victim:
+        result = run("kill", "--json", "--wait", victim.pid)
+        found = json.loads(result.stdout)
+        assert (found["pid"], found["signal"], found["exited"]) == (victim.pid, 9, True)
+        assert found["freed"] >= 16 << 20
+        assert found["name"].startswith("python")
+
+
+def test_a_dry_run_names_what_would_die_and_touches_nothing() -> None:
+    with victims.victim(16) as victim:
+        result = run("kill", "-n", victim.pid)
+        assert result.returncode == 0
+        assert "would kill" in result.stdout
+        assert float(result.stdout.split()[-2]) >= 16
+        found = json.loads(run("kill", "-n", "--json", victim.pid).stdout)
+        assert found["anonymous"] >= 16 << 20
+        assert victim.state() == "S"
+
+
+def test_term_asks_first() -> None:
+    with victims.victim(sigterm="exit") as victim:
+        result = run("kill", "--json", "--term=60", victim.pid)
+        assert json.loads(result.stdout)["signal"] == 15
+    with victims.victim(sigterm="exit") as victim:
+        result = run("kill", "--json", victim.pid, "--term")
+        assert json.loads(result.stdout)["signal"] == 15
+    with victims.victim(sigterm="ignore") as victim:
+        result = run("kill", "--json", "--wait", "--term", "0.1", victim.pid)
+        assert json.loads(result.stdout)["signal"] == 9
+
+
+@pytest.mark.needs("release")
+def test_who_is_not_in_time_is_status_1() -> None:
+    with victims.exit_stopped() as victim:
+        assert run("kill", "--wait", "-t", "0.05", victim.pid).returncode == 1
+    with victims.exit_stopped(sharer="clone") as victim:
+        result = run("kill", "-t0.05", "--no-boost", victim.pid)
+        assert (result.returncode, "busy" in result.stdout) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["kill"],
+        ["kill", "0"],
+        ["kill", "-5"],
+        ["kill", "x"],
+        ["kill", "99999999999"],
+        ["kill", "-t", "nan", "5"],
+        ["kill", "-t", "-1", "5"],
+        ["kill", "--settle", "soon", "5"],
+        ["demo", "--size", "0"],
+        ["nothing"],
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "mrelease" in result.stderr
+
+
+def test_no_target_is_killed_if_one_is_malformed() -> None:
+    with victims.victim(1) as victim:
+        assert run("kill", victim.pid, "x").returncode == 2
+        assert victim.state() == "S"
+
+
+def test_init_is_refused_as_wrong_usage() -> None:
+    result = run("kill", 1)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "refusing to kill pid 1" in result.stderr
+
+
+def test_no_such_process_is_status_3_and_the_rest_is_killed() -> None:
+    with victims.victim(1) as victim:
+        result = run("kill", "--wait", victims.reaped_pid(), victim.pid)
+        assert result.returncode == 3
+        assert "No process has the pid" in result.stderr
+        assert len(result.stdout.splitlines()) == 1
+        assert victim.exited()
+
+
+def test_another_users_process_is_status_4() -> None:
+    if os.geteuid() == 0:
+        user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        with victims.victim(1) as victim:
+            program = (
+                f"from mrelease._cli import main; exit(main(['kill', '{victim.pid}']))"
+            )
+            result = run_python(program, under=user)
+            if "Permission denied" in result.stderr and not result.stdout:
+                pytest.skip("needs an interpreter that nobody may run")
+            assert victim.state() == "S"
+    else:
+        result = run("kill", _roots_process())
+    assert (result.returncode, result.stdout) == (4, "")
+    assert "not permitted" in result.stderr
+
+
+def _roots_process() -> int:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) > 1 and os.stat(f"/proc/{name}").st_uid == 0:
+            return int(name)
+    pytest.skip("needs a process of another user")
+
+
+@pytest.mark.needs("seccomp", "release")
+def test_a_filter_is_status_5() -> None:
+    with victims.exit_stopped() as victim:
+        program = f"""
+import errno, pyseccomp
+from mrelease._cli import main
+filter = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+filter.add_rule(pyseccomp.ERRNO(errno.EPERM), "process_mrelease")
+filter.load()
+exit(max(main(["kill", "-t0.05", "{victim.pid}"]), main(["doctor"]), main(["demo"])))
+"""
+        result = run_python(program)
+    assert result.returncode == 5
+    assert "blocked" in result.stdout
+    assert "SystemCallFilter=@system-service process_mrelease" in result.stdout
+    assert "mrelease doctor says why" in result.stderr
+
+
+def test_a_name_brings_no_control_characters_to_the_terminal() -> None:
+    # PR_SET_NAME, for the process that is to be killed.
+    program = """
+import ctypes, sys
+ctypes.CDLL(None).prctl(15, b"a\\x1b[2Jb\\xff", 0, 0, 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        result = run("kill", process.pid)
+    assert " a?[2Jb\\xff " in result.stdout
+
+
+@pytest.mark.needs("release")
+def test_on_a_terminal_it_says_what_it_waits_for() -> None:
+    with victims.exit_stopped(16, sharer="clone") as victim:
+        status, output = on_terminal("kill", "-t", "0.7", victim.pid)
+        assert status == 1
+        assert f"{victim.pid}: 0." in output
+        assert "MiB held" in output
+        assert "busy" in output
+
+
+def on_terminal(*arguments: object) -> tuple[int, str]:
+    """Run the command on a terminal of its own; return its status and what it shows."""
+    leader, follower = pty.openpty()
+    try:
+        with subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+        ) as process:
+            os.close(follower)
+            shown = b""
+            while chunk := _read(leader):
+                shown += chunk
+        return process.returncode, shown.decode()
+    finally:
+        os.close(leader)
+
+
+def _read(leader: int) -> bytes:
+    try:
+        return os.read(leader, 65536)
+    except OSError:
+        return b""  # EIO: nobody has the other end open any more
+
+
+def test_the_doctor_reports_privileges_kernel_and_filter() -> None:
+    result = run("doctor")
+    assert result.stderr == ""
+    for word in ("kernel", "process_mrelease", "CAP_KILL", "CAP_SYS_NICE", "seccomp"):
+        assert word in result.stdout
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["kernel"] == os.uname().release
+    assert report["CAP_KILL"] is (os.geteuid() == 0)
+    assert ("CAP_KILL" in report["advice"]) is not report["CAP_KILL"]
+    assert result.returncode == (0 if report["process_mrelease"] is True else 5)
+
+
+def test_the_version_is_the_packages() -> None:
+    import mrelease
+
+    assert run("--version").stdout == f"mrelease {mrelease.__version__}\n"

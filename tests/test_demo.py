@@ -1,0 +1,71 @@
+"""The demonstration, on small victims: that it shows, measures and cleans up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_cli import COMMAND, on_terminal
+
+pytestmark = [pytest.mark.needs("release"), pytest.mark.timeout(120)]
+
+
+def test_it_shows_lines_and_ends_with_a_table() -> None:
+    result = subprocess.run(
+        [*COMMAND, "demo", "--size", "16"], capture_output=True, text=True, timeout=100
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "16 MiB" in result.stdout
+    assert "\r" not in result.stdout
+    *_, alone, ours, ratio = result.stdout.splitlines()
+    assert alone.startswith("SIGKILL alone ")
+    assert ratio.startswith("times sooner ")
+    name, back, exit_ = ours.split()
+    assert name == "mrelease.kill"
+    assert float(back) <= float(exit_)
+
+
+def test_on_a_terminal_a_bar_moves() -> None:
+    status, output = on_terminal("demo", "--size", "16", "--runs", "2")
+    assert status == 0
+    assert output.count("\r") > 8
+    assert "MiB held" in output
+    assert "exited" in output
+    assert "times sooner" in output
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--size", "64"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        while "held" not in process.stdout.readline():
+            assert process.poll() is None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        pids = children.read_text().split() if children.exists() else []
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=50)
+    assert (process.returncode, errors) == (130, "mrelease: interrupted\n")
+    assert len(pids) == len(os.sched_getaffinity(0)) + 1 or not children.exists()
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_a_victim_that_is_too_big_is_an_error_and_leaves_nothing() -> None:
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29));"
+        "from mrelease._cli import main; main(['demo', '--size', '1024'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+    assert result.returncode == 1
+    assert "ended before it was ready" in result.stderr
