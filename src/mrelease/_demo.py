@@ -90,7 +90,7 @@ def by_mrelease(victim: Child) -> None:
 def measure(
     size: int,
     method: Callable[[Child], None],
-    show: Callable[[Run], None],
+    show: Callable[[Run], object] = id,
     limit: float = _CUT_OFF,
 ) -> Run:
     """Kill a starved victim of its own and watch its memory come back.
@@ -222,45 +222,42 @@ class _Display:
         return f"{self.name:<14} {run.elapsed:8.3f} s  {state:<14}"
 
 
-def table(seen: dict[str, list[Run]]) -> str:
+def table(seen: dict[str, list[Run]], limit: float = _CUT_OFF) -> str:
     """Seconds until 95 % is back and until exit, and how many times sooner the last."""
     lines = [f"{'seconds until':<14} {'95 % back':>22} {'exit':>22}"]
     for name, runs in seen.items():
-        back = _spread([run.back for run in runs])
-        exit_ = _spread([run.exit for run in runs])
+        back = _spread([run.back for run in runs], limit)
+        exit_ = _spread([run.exit for run in runs], limit)
         lines.append(f"{name:<14} {back:>22} {exit_:>22}")
     first, *_, last = seen.values()
-    back = _ratio([run.back for run in first], [run.back for run in last])
-    exit_ = _ratio([run.exit for run in first], [run.exit for run in last])
+    back = _ratio([run.back for run in first], [run.back for run in last], limit)
+    exit_ = _ratio([run.exit for run in first], [run.exit for run in last], limit)
     lines.append(f"{'times sooner':<14} {back:>22} {exit_:>22}")
     for name, runs in seen.items():
         held = [run.held for run in runs if run.exit is None]
         if held:
             lines.append(
-                f"{name}: cut off after {_CUT_OFF:.0f} s in {len(held)} of {len(runs)} "
+                f"{name}: cut off after {limit:.0f} s in {len(held)} of {len(runs)} "
                 f"runs, {max(held) / _MIB:.0f} MiB still held"
             )
     return "\n".join(lines)
 
 
-def _spread(times: list[float | None]) -> str:
+def _spread(times: list[float | None], limit: float) -> str:
     """The median, and the lowest and highest if there are several."""
-    known = [time if time is not None else float("inf") for time in times]
-    median = _seconds(statistics.median_low(known))
+    known = [limit if time is None else time for time in times]
+
+    def text(time: float) -> str:
+        return f"{time:.3f}" if time < limit else f"> {limit:.0f}"
+
+    median = text(statistics.median_low(known))
     if len(known) == 1:
         return median
-    return f"{median} [{_seconds(min(known))}-{_seconds(max(known))}]"
+    return f"{median} [{text(min(known))}-{text(max(known))}]"
 
 
-def _seconds(time: float) -> str:
-    return f"{time:.3f}" if time < float("inf") else f"> {_CUT_OFF:.0f}"
-
-
-def _ratio(slow: list[float | None], fast: list[float | None]) -> str:
+def _ratio(slow: list[float | None], fast: list[float | None], limit: float) -> str:
     """How many times the median of fast goes into that of slow, at least if cut off."""
-    if None in fast:
-        return "?"
-    cut = None in slow
-    above = statistics.median_low([_CUT_OFF if t is None else t for t in slow])
-    below = statistics.median_low([t for t in fast if t is not None])
-    return f"{'> ' if cut else ''}{above / below:.0f}"
+    above = statistics.median_low([limit if time is None else time for time in slow])
+    below = statistics.median_low([limit if time is None else time for time in fast])
+    return f"{'> ' if above == limit else ''}{above / below:.0f}"

@@ -1,0 +1,1 @@
+"""Measurements against what people use today: ``python -m benchmarks.NAME``."""
