@@ -3,14 +3,11 @@
  * mrelease._mrelease: the system calls that kill a process and free its
  * memory, made directly and with the GIL released.
  *
- * pidfd_open(2), pidfd_send_signal(2), process_mrelease(2), mlockall(2) and
- * getcpu(3).  glibc wraps the pidfd calls only since 2.36 and musl does not
- * wrap them at all, hence syscall(2).
- *
- * setup.py picks the ABI: the Limited API of 3.11, or the interpreter's own
- * on free-threaded builds.  The module has no state and no types, and nothing
- * static changes once it is loaded, so any number of threads and interpreters
- * may use it at once.
+ * glibc wraps the pidfd calls only since 2.36 and musl not at all, hence
+ * syscall(2).  setup.py picks the ABI: the Limited API of 3.11, or the
+ * interpreter's own on free-threaded builds.  The module has no state and no
+ * types, and nothing static changes once it is loaded, so any number of
+ * threads and interpreters may use it at once.
  */
 
 #include <Python.h>
@@ -139,9 +136,9 @@ PyDoc_STRVAR(mrelease_pidfd_open_doc,
 "\n"
 "Return a file descriptor that refers to the process with this pid.\n"
 "\n"
-"It is close-on-exec and becomes readable when the process has exited.\n"
-"flags: 0, or PIDFD_NONBLOCK (Linux 5.10) and PIDFD_THREAD (6.9).\n"
-"No permission is needed, and a zombie can be opened.\n"
+"It is close-on-exec and polls readable when the process has exited.  No\n"
+"permission is needed, and a zombie can be opened.  flags: 0, or\n"
+"PIDFD_NONBLOCK (Linux 5.10) and PIDFD_THREAD (6.9).\n"
 "\n"
 "Raises ProcessLookupError if there is no such process, and OSError with\n"
 "EINVAL (ENOENT on newer kernels) if pid is the id of a thread that does\n"
@@ -171,9 +168,8 @@ PyDoc_STRVAR(mrelease_pidfd_send_signal_doc,
 "\n"
 "Send a signal to the process that pidfd refers to, as os.kill() would.\n"
 "\n"
-"Signal 0 only checks that it exists and may be signalled.  A zombie can\n"
-"be signalled.  flags: 0, or since Linux 6.9 one of the kernel's\n"
-"PIDFD_SIGNAL_ values.\n"
+"Signal 0 only checks that it exists and may be signalled, as a zombie\n"
+"can be.  flags: 0, or since Linux 6.9 one of the PIDFD_SIGNAL_ values.\n"
 "\n"
 "Raises ProcessLookupError if the process has been reaped,\n"
 "PermissionError if the caller may not signal it, and OSError with EBADF\n"
@@ -296,14 +292,12 @@ PyDoc_STRVAR(mrelease_getcpu_doc,
 "\n"
 "Return the number of the CPU that the calling thread runs on.\n"
 "\n"
-"The thread may have moved by the time the answer is used.  Thread-safe.\n"
-"See getcpu(3).");
+"It may have moved when the answer is used.  Thread-safe.  See getcpu(3).");
 
 static PyObject *
 mrelease_getcpu(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    // Answered without entering the kernel (vDSO), so the GIL is kept: to
-    // give it up might move the thread.
+    // The vDSO answers; to give up the GIL for that might move the thread.
     int cpu = sched_getcpu();
     return cpu < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(cpu);
 }
