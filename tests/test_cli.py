@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -107,8 +112,9 @@ def test_no_target_is_killed_if_one_is_malformed() -> None:
         assert victim.state() == "S"
 
 
-def test_init_is_refused_as_wrong_usage() -> None:
-    result = run("kill", 1)
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_init_is_refused_as_wrong_usage(options: tuple[str, ...]) -> None:
+    result = run("kill", *options, 1)
     assert (result.returncode, result.stdout) == (2, "")
     assert "refusing to kill pid 1" in result.stderr
 
@@ -164,11 +170,12 @@ exit(max(main(["kill", "-t0.05", "{victim.pid}"]), main(["doctor"]), main(["demo
     assert "mrelease doctor says why" in result.stderr
 
 
-def test_a_name_brings_no_control_characters_to_the_terminal() -> None:
-    # PR_SET_NAME, for the process that is to be killed.
-    program = """
+@contextmanager
+def named(name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has given itself a name, by PR_SET_NAME."""
+    program = f"""
 import ctypes, sys
-ctypes.CDLL(None).prctl(15, b"a\\x1b[2Jb\\xff", 0, 0, 0)
+ctypes.CDLL(None).prctl(15, {name.encode(errors="surrogateescape")!r}, 0, 0, 0)
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -177,8 +184,82 @@ sys.stdin.read()
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        yield process
+
+
+def test_a_name_brings_no_control_characters_to_the_terminal() -> None:
+    with named("a\x1b[2Jb\udcff") as process:
         result = run("kill", process.pid)
     assert " a?[2Jb\\xff " in result.stdout
+
+
+# ---- Nothing that becomes of the output stops a kill
+
+
+@pytest.mark.parametrize(
+    "redirection", ["| head -0", "> /dev/full", ">&-", "2>&-", ">&- 2>&- <&-"]
+)
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_every_target_dies_whatever_becomes_of_the_output(
+    redirection: str, options: str
+) -> None:
+    with victims.victim(1) as one, victims.victim(1) as two:
+        command = f"{shlex.join(COMMAND)} kill {options} --wait {one.pid} {two.pid}"
+        result = subprocess.run(
+            ["sh", "-c", f"{command} {redirection}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=50,
+        )
+        assert one.exited()
+        assert two.exited()
+    full = redirection == "> /dev/full"
+    complaint = f"mrelease: standard output: {os.strerror(errno.ENOSPC)}\n"
+    assert result.stderr == (complaint if full else "")
+    assert result.returncode == (1 if full else 0)
+
+
+def test_a_name_that_cannot_be_encoded_is_escaped() -> None:
+    with named("jäger") as process:
+        result = subprocess.run(
+            [*COMMAND, "kill", str(process.pid)],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert " j\\xe4ger " in result.stdout
+
+
+def test_a_reader_that_leaves_the_demo_or_doctor_is_no_error() -> None:
+    for arguments in ("doctor", "demo --size 16"):
+        command = f"{shlex.join(COMMAND)} {arguments} | head -0"
+        result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=50)
+        assert result.stderr == b""
+
+
+def test_ctrl_c_says_who_was_killed_and_who_was_not() -> None:
+    with victims.victim(sigterm="ignore") as one, victims.victim() as two:
+        with subprocess.Popen(
+            [*COMMAND, "kill", "--term=50", str(one.pid), str(two.pid)],
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            # It has begun when the first victim has been sent SIGTERM.
+            victims._until(lambda: has_a_poll(process.pid), "the command to wait")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=50)
+        assert process.returncode == 130
+        assert f"interrupted while {one.pid} was killed" in errors
+        assert f"untouched: {two.pid}" in errors
+        assert two.state() == "S"
+
+
+def has_a_poll(pid: int) -> bool:
+    """Whether a process waits in poll(2) for a pidfd."""
+    with open(f"/proc/{pid}/wchan") as wchan:
+        return "poll" in wchan.read()
 
 
 @pytest.mark.needs("release")

@@ -59,13 +59,24 @@ def test_ctrl_c_ends_it_and_leaves_nothing() -> None:
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
-def test_a_victim_that_is_too_big_is_an_error_and_leaves_nothing() -> None:
+@pytest.mark.parametrize("size", ["1", "99999999"])
+def test_a_victim_of_a_size_that_cannot_be_is_refused(size: str) -> None:
+    result = subprocess.run(
+        [*COMMAND, "demo", "--size", size], capture_output=True, text=True, timeout=50
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--size must be from 16 to" in result.stderr
+
+
+def test_a_victim_that_cannot_be_made_is_an_error_and_leaves_nothing() -> None:
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29));"
-        "from mrelease._cli import main; main(['demo', '--size', '1024'])"
+        "from mrelease._cli import main; exit(main(['demo', '--size', '1024']))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
     )
     assert result.returncode == 1
-    assert "ended before it was ready" in result.stderr
+    assert result.stderr == (
+        "mrelease: a child could not be made ready: Cannot allocate memory\n"
+    )

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
+from errno import ENOSYS
 from threading import Thread
 from time import monotonic, sleep
 from typing import TypeAlias
@@ -28,6 +29,7 @@ Child: TypeAlias = subprocess.Popen[bytes]
 _MIB = 2**20
 _BACK = 0.95  # the part of a victim's memory that counts as all of it
 _CUT_OFF = 15.0  # seconds
+_SMALLEST = 16 * _MIB  # of less, the machine's other processes would be seen
 _SPREAD = 0.2  # seconds until the scheduler has the spinners on all CPUs
 
 # Both end with their parent, even if that is killed: the victim by the end of its
@@ -35,7 +37,10 @@ _SPREAD = 0.2  # seconds until the scheduler has the spinners on all CPUs
 _VICTIM = """
 import mmap, sys
 size = int(sys.argv[1])
-memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+try:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+except OSError as error:
+    sys.exit(print(error.strerror, flush=True))
 try:
     memory.madvise(mmap.MADV_NOHUGEPAGE)
 except OSError:
@@ -142,12 +147,14 @@ def _spawn(children: list[Child], program: str, argument: int) -> Child:
         [sys.executable, "-I", "-S", "-c", program, str(argument)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # of what they say when this process is killed
         process_group=0,
     )
     children.append(child)
     assert child.stdout is not None
-    if child.stdout.readline() != b"ready\n":
-        raise RuntimeError(f"a victim ended before it was ready: status {child.wait()}")
+    line = child.stdout.readline().decode().strip()
+    if line != "ready":
+        raise RuntimeError(f"a child could not be made ready: {line or child.wait()}")
     return child
 
 
@@ -171,18 +178,23 @@ def _meminfo(name: bytes) -> int:
 def _default_size() -> int:
     """The smaller of 1 GiB and a quarter of what is available, in whole MiB."""
     size = min(1024 * _MIB, _meminfo(b"MemAvailable") // 4)
-    return max(_MIB, size // _MIB * _MIB)
+    return size // _MIB * _MIB
 
 
 def run(size: int | None, runs: int) -> int:
     """The command: the runs, live, then a table. Returns the exit status."""
     if not is_supported():
-        print("mrelease: not supported here; mrelease doctor says why", file=sys.stderr)
-        return 5
+        raise OSError(ENOSYS, "not supported here; mrelease doctor says why")
     size = size or _default_size()
+    available = _meminfo(b"MemAvailable")
+    if not _SMALLEST <= size <= available:
+        raise ValueError(
+            f"--size must be from {_SMALLEST // _MIB} to {available // _MIB} MiB, "
+            "what is available"
+        )
     print(
-        f"Victims of {size // _MIB} MiB at SCHED_IDLE beside a spinner on each of "
-        f"{len(os.sched_getaffinity(0))} CPUs, Linux {os.uname().release}\n"
+        f"Linux {os.uname().release}, victims of {size // _MIB} MiB at SCHED_IDLE\n"
+        f"beside a spinner on each of {len(os.sched_getaffinity(0))} CPUs\n"
     )
     methods = {"SIGKILL alone": by_sigkill, "mrelease.kill": by_mrelease}
     seen: dict[str, list[Run]] = {name: [] for name in methods}
@@ -213,7 +225,7 @@ class _Display:
             return
         came_back = run.back is not None and not self.was_back
         if last or came_back or run.elapsed >= self.next_line:
-            print(self._line(run), flush=True)
+            print(self._line(run).rstrip(), flush=True)
             self.next_line = run.elapsed + 1.0
         self.was_back = run.back is not None
 
@@ -257,7 +269,9 @@ def _spread(times: list[float | None], limit: float) -> str:
 
 
 def _ratio(slow: list[float | None], fast: list[float | None], limit: float) -> str:
-    """How many times the median of fast goes into that of slow, at least if cut off."""
+    """How often the median of fast goes into that of slow, at least if cut off."""
     above = statistics.median_low([limit if time is None else time for time in slow])
     below = statistics.median_low([limit if time is None else time for time in fast])
+    if below == limit:
+        return "-"
     return f"{'> ' if above == limit else ''}{above / below:.0f}"

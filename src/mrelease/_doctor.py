@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import textwrap
 
 from . import _proc
-from ._probe import probe
+from ._probe import ask, probe
 
 # Bits of CapEff in /proc/PID/status, capabilities(7).
 _CAPABILITIES = {"CAP_KILL": 5, "CAP_SYS_NICE": 23, "CAP_IPC_LOCK": 14}
@@ -13,39 +15,73 @@ _CAPABILITIES = {"CAP_KILL": 5, "CAP_SYS_NICE": 23, "CAP_IPC_LOCK": 14}
 # Of Seccomp in /proc/PID/status, proc_pid_status(5).
 _SECCOMP = {b"0": "off", b"1": "strict", b"2": "filter"}
 
-_OLD_KERNEL = {
-    "pidfd_open": "without pidfds nothing is killed: Linux 5.3 or newer is needed",
-    "process_mrelease": "a kill works, but memory waits for the victim: run Linux 5.15",
-    "pidfd_info": "only Pidfd.cgroup_id() needs it: run Linux 6.13",
-    "cgroup_kill": "only the killing of whole cgroups gains by it: run Linux 5.14",
-}
+_ALL_IDS = [b"0", b"0", b"4294967295"]  # /proc/PID/uid_map, user_namespaces(7)
+_HERE_ONLY = "in this user namespace only"
+
 _FILTERED = (
-    "allow pidfd_open, pidfd_send_signal and process_mrelease. systemd: "
-    "SystemCallFilter=@system-service process_mrelease. Docker, Podman: --security-opt "
-    "seccomp=PROFILE, the default profile with the three added. Kubernetes: a profile "
-    "of type Localhost"
+    "A seccomp filter forbids it. systemd: SystemCallFilter=@system-service "
+    "process_mrelease; if systemd's log says that it ignores the name, its libseccomp "
+    "is too old, and SystemCallErrorNumber=EPERM keeps the kill working without the "
+    "release. Docker allows it since 20.10.18, as do later releases of containerd and "
+    "Podman: update them and libseccomp, or give a profile of your own that adds "
+    "pidfd_open, pidfd_send_signal and process_mrelease (--security-opt seccomp=FILE; "
+    "Kubernetes: seccompProfile of type Localhost)."
 )
-_NO_CAPABILITY = {
-    "CAP_KILL": "only this user's processes can be killed: run as root, or in systemd "
-    "set AmbientCapabilities=CAP_KILL",
-    "CAP_SYS_NICE": "a starved victim is released, but not hurried through its exit: "
-    "run as root, or in systemd set AmbientCapabilities=CAP_SYS_NICE",
-    "CAP_IPC_LOCK": "the caller's memory can be locked up to RLIMIT_MEMLOCK only: run "
-    "as root, or in systemd set LimitMEMLOCK=infinity",
+_SCHEDULING_FILTERED = (
+    "A seccomp filter forbids sched_setaffinity, sched_setscheduler or setpriority "
+    "(systemd: @resources). If it kills, kill() must be called with boost=False, "
+    "mrelease kill with --no-boost; else the victim is just not hurried."
+)
+_OLD_KERNEL = {
+    "pidfd_open": "Nothing can be killed without pidfds: Linux 5.3 has them.",
+    "process_mrelease": "A kill works, but the memory waits for the victim: Linux 5.15 "
+    "releases it.",
+    "pidfd_info": "Only Pidfd.cgroup_id() needs it: Linux 6.13 has it.",
+    "cgroup_kill": "Only the killing of whole cgroups gains by it: Linux 5.14 with "
+    "cgroup v2 has it.",
 }
-_ONE_CPU = "a victim cannot be kept off the caller's CPU, so a sleeping one may win"
+_NO_CAPABILITY = {
+    "CAP_KILL": "Only processes of the same user can be killed.",
+    "CAP_SYS_NICE": "A starved victim is released, but not hurried through its exit.",
+    "CAP_IPC_LOCK": "Memory can be locked up to RLIMIT_MEMLOCK only (systemd: "
+    "LimitMEMLOCK=infinity).",
+}
+_GRANT = (
+    "To grant it: run as root; systemd: AmbientCapabilities=CAP_{0}; Docker, Podman: "
+    "--cap-add {0}; Kubernetes: securityContext.capabilities.add."
+)
+_ONE_CPU = (
+    "With one CPU a victim that wakes up may begin its own exit before the release: "
+    "the outcome is then 'exited'."
+)
 
 
 def examine() -> tuple[dict[str, object], dict[str, str]]:
     """The probe, the caller's privileges, seccomp, CPUs; and advice for each lack."""
     status = _proc.fields("/proc/self/status")
-    effective = int(status[b"CapEff"], 16)
     report = probe()
+    report["scheduling"] = ask(_try_scheduling, "0.0")
+    effective = int(status[b"CapEff"], 16)
+    granted = True if _in_first_user_namespace() else _HERE_ONLY
     for name, bit in _CAPABILITIES.items():
-        report[name] = bool(effective >> bit & 1)
+        report[name] = granted if effective >> bit & 1 else False
     report["seccomp"] = _SECCOMP.get(status.get(b"Seccomp", b""), "unknown")
-    report["cpus"] = len(os.sched_getaffinity(0))
+    report["cpus"] = os.cpu_count()
     return report, _advice(report)
+
+
+def _try_scheduling() -> None:
+    """What bar() and boost() do, on the caller itself, without an effect."""
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
+    os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_getparam(0))
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0))
+
+
+def _in_first_user_namespace() -> bool:
+    try:
+        return _proc.read("/proc/self/uid_map").split() == _ALL_IDS
+    except FileNotFoundError:  # a kernel without user namespaces
+        return True
 
 
 def _advice(report: dict[str, object]) -> dict[str, str]:
@@ -53,20 +89,33 @@ def _advice(report: dict[str, object]) -> dict[str, str]:
     for feature, hint in _OLD_KERNEL.items():
         if report[feature] is not True:
             advice[feature] = _FILTERED if report[feature] == "seccomp" else hint
+    if report["scheduling"] is not True:
+        advice["scheduling"] = _SCHEDULING_FILTERED
     for capability, hint in _NO_CAPABILITY.items():
-        if not report[capability]:
-            advice[capability] = hint
+        if report[capability] is not True:
+            grant = _GRANT.format(capability.removeprefix("CAP_"))
+            advice[capability] = f"{hint} {grant}"
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        advice.pop("CAP_IPC_LOCK", None)
     if report["cpus"] == 1:
         advice["cpus"] = _ONE_CPU
     return advice
 
 
 def text(report: dict[str, object], advice: dict[str, str]) -> str:
-    """Both for people: a line a finding, and the advice below its finding."""
+    """Both for people: a line a finding, the advice below it, each piece once."""
     lines: list[str] = []
+    said: set[str] = set()
     for name, value in report.items():
-        shown = "yes" if value is True else "no" if value is False else value
+        shown = {True: "yes", False: "no", "seccomp": "no: seccomp"}.get(
+            value if isinstance(value, (bool, str)) else "", value
+        )
         lines.append(f"{name:<17} {shown}")
-        if name in advice:
-            lines.append(f"{'':<17} -> {advice[name]}")
+        hint = advice.get(name)
+        if hint and hint not in said:
+            indent = " " * 4
+            lines += textwrap.wrap(
+                hint, 76, initial_indent=indent, subsequent_indent=indent
+            )
+            said.add(hint)
     return "\n".join(lines)

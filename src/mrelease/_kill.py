@@ -246,6 +246,15 @@ def _with_pidfd(target: Target, run: Callable[[Pidfd], KillResult]) -> KillResul
         return run(pidfd)
 
 
+def check_victim(pidfd: Pidfd) -> None:
+    """Raise, with nothing touched, unless this process may be killed."""
+    if pidfd.pid == 1:
+        raise ValueError("refusing to kill pid 1, the init process")
+    if pidfd.pid == os.getpid():
+        raise ValueError(f"refusing to kill the calling process, {pidfd.pid}")
+    pidfd.send_signal(0)
+
+
 class _Sequence:
     """One run of the sequence: what was asked for, and what has happened so far."""
 
@@ -299,12 +308,7 @@ class _Sequence:
         return self._result(pidfd)
 
     def _check(self, pidfd: Pidfd) -> None:
-        """Raise, with nothing touched, unless this process may be killed."""
-        if pidfd.pid == 1:
-            raise ValueError("refusing to kill pid 1, the init process")
-        if pidfd.pid == os.getpid():
-            raise ValueError(f"refusing to kill the calling process, {pidfd.pid}")
-        pidfd.send_signal(0)
+        check_victim(pidfd)
         if self.measure:
             self.held = _proc.anonymous(pidfd.pid)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from warnings import catch_warnings, simplefilter
 
 from . import _proc
-from ._mrelease import pidfd_open, process_mrelease
+from ._mrelease import process_mrelease
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 def probe() -> dict[str, object]:
     """Ask what works here: {"kernel": release, feature: True or why not, ...}.
 
-    The features: "pidfd_open" (Linux 5.3), "process_mrelease" (5.15), "pidfd_info"
-    (6.13) and "cgroup_kill" (5.14). Each system call is tried in a forked child, so
-    that a seccomp filter which kills cannot take the caller. Costs a few milliseconds.
+    The features: "pidfd_open" with pidfd_send_signal (Linux 5.3), "process_mrelease"
+    (5.15), "pidfd_info" (6.13) and "cgroup_kill" (5.14). Each system call is tried in a
+    forked child, so that a seccomp filter which kills cannot take the caller. Costs a
+    few milliseconds.
 
     Raises OSError if no child can be forked, RuntimeError in a subinterpreter that may
     not fork. Thread-safe.
     """
     return {
         "kernel": os.uname().release,
-        "pidfd_open": _ask(_try_pidfd_open, "5.3"),
-        "process_mrelease": _ask(_try_process_mrelease, "5.15"),
-        "pidfd_info": _ask(_try_pidfd_info, "6.13"),
+        "pidfd_open": ask(_try_pidfd_open, "5.3"),
+        "process_mrelease": ask(_try_process_mrelease, "5.15"),
+        "pidfd_info": ask(_try_pidfd_info, "6.13"),
         "cgroup_kill": _cgroup_kill(),
     }
 
@@ -42,13 +43,14 @@ def is_supported() -> bool:
     Costs and raises as probe(). Thread-safe.
     """
     return (
-        _ask(_try_pidfd_open, "5.3") is True
-        and _ask(_try_process_mrelease, "5.15") is True
+        ask(_try_pidfd_open, "5.3") is True
+        and ask(_try_process_mrelease, "5.15") is True
     )
 
 
 def _try_pidfd_open() -> None:
-    os.close(pidfd_open(os.getpid()))
+    with Pidfd.open(os.getpid()) as pidfd:
+        pidfd.send_signal(0)
 
 
 def _try_process_mrelease() -> None:
@@ -65,8 +67,8 @@ def _try_pidfd_info() -> None:
         pidfd.cgroup_id()
 
 
-def _ask(attempt: Callable[[], None], since: str) -> bool | str:
-    """Try something in a child; say True, or why it does not work."""
+def ask(attempt: Callable[[], None], since: str) -> bool | str:
+    """Try something that Linux has since a version in a child; say True, or why not."""
     code = _in_child(attempt)
     if code == 0:
         return True
