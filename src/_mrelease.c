@@ -297,7 +297,7 @@ PyDoc_STRVAR(mrelease_getcpu_doc,
 static PyObject *
 mrelease_getcpu(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    // The vDSO answers; to give up the GIL for that might move the thread.
+    // Usually the vDSO answers; giving up the GIL might move the thread.
     int cpu = sched_getcpu();
     return cpu < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(cpu);
 }
@@ -361,10 +361,10 @@ add_constants(PyObject *module)
     return 0;
 }
 
-// The Limited API of 3.11 hides these names of 3.12, and 3.12 and later want
-// to be told in order to load the module into a subinterpreter with a GIL of
-// its own.
-#ifndef Py_mod_multiple_interpreters
+// 3.12 and later want this for subinterpreters with a GIL of their own.  The
+// Limited API of 3.11 hides the value, and before 3.15 the name as well.
+#ifndef Py_MOD_PER_INTERPRETER_GIL_SUPPORTED
+#undef Py_mod_multiple_interpreters
 #define Py_mod_multiple_interpreters 3
 #define Py_MOD_PER_INTERPRETER_GIL_SUPPORTED ((void *)2)
 #endif
@@ -372,7 +372,7 @@ add_constants(PyObject *module)
 static PyModuleDef_Slot slots[] = {
     // First, because 3.11 has to be kept from seeing it: PyInit__mrelease().
     {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
-#ifdef Py_mod_gil
+#ifdef Py_MOD_GIL_NOT_USED
     // Without it a free-threaded interpreter would turn its GIL on.
     {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif

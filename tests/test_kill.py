@@ -10,13 +10,15 @@ import resource
 import signal
 import subprocess
 import threading
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
 import victims
 from calls import errno_of
-from mrelease import KillResult, Pidfd, kill, release, terminate
+from mrelease import KillResult, Pidfd, _proc, kill, release, terminate
 
 needs_release = pytest.mark.needs("release")
 MIB = 1 << 20
@@ -149,7 +151,7 @@ def test_a_timeout_of_0_is_one_attempt() -> None:
 
 def test_a_victim_that_exits_while_it_settles_is_not_released() -> None:
     with victims.victim() as victim:
-        result = kill(victim.pid, settle=60)
+        result = kill(victim.pid, settle=60, timeout=None)
         assert (result.outcome, result.attempts) == ("exited", 0)
         assert (result.errno, result.signal) == (0, signal.SIGKILL)
 
@@ -159,6 +161,16 @@ def test_a_victim_that_does_not_settle_is_released() -> None:
     with victims.exit_stopped() as victim:
         result = kill(victim.pid, settle=0.01)
         assert (result.outcome, result.attempts) == ("released", 1)
+
+
+@needs_release
+def test_a_victim_that_may_settle_beyond_the_timeout_is_not_released() -> None:
+    for settle in (60, float("inf")):
+        with victims.exit_stopped() as victim:
+            result = kill(victim.pid, settle=settle, timeout=0.05)
+            assert (result.outcome, result.released) == ("exiting", False)
+            assert (result.attempts, result.errno) == (0, 0)
+            assert victim.anon()
 
 
 # ---- kill: what it refuses
@@ -194,11 +206,14 @@ def test_a_reaped_process_is_not_found(function: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["timeout", "settle", "grace"])
-@pytest.mark.parametrize("value", [-1, -0.5, float("nan"), "1", [1]])
+@pytest.mark.parametrize(
+    "value", [-1, -0.5, float("nan"), Decimal("NaN"), 10**400, "1", b"1", [1], 1j]
+)
 def test_seconds_are_checked_before_anything_is_done(name: str, value: Any) -> None:
     with victims.victim(1) as victim:
         function: Any = terminate if name == "grace" else kill
-        with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        errors = (TypeError, ValueError, OverflowError)
+        with pytest.raises(errors, match=f"{name} (must be|is too large)"):
             function(victim.pid, **{name: value})
         assert victim.state() == "S"
 
@@ -251,6 +266,13 @@ def test_whoever_ignores_sigterm_is_killed_and_released() -> None:
         assert victim.process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("grace", [0, 0.01, Fraction(1, 100), Decimal("0.01")])
+def test_every_kind_of_number_is_a_time(grace: Any) -> None:
+    with victims.victim(sigterm="ignore") as victim:
+        result = terminate(victim.pid, grace=grace, settle=grace, wait=True, timeout=60)
+        assert result.exited
+
+
 def test_another_signal_may_ask() -> None:
     with victims.victim(sigterm="ignore") as victim:
         result = terminate(victim.process, signal=signal.SIGINT, grace=60)
@@ -291,6 +313,12 @@ def test_a_killed_process_that_shares_its_memory_is_busy_not_alive() -> None:
         assert release(victim.pid).outcome == "busy"
         victim.wait_exit_stop()
         assert release(victim.pid).outcome == "busy"
+
+
+def test_a_kernel_thread_is_not_dying() -> None:
+    if _proc.name(2) != "kthreadd":
+        pytest.skip("needs the first pid namespace, where pid 2 is kthreadd")
+    assert _proc.dying(2) is False
 
 
 @needs_release

@@ -61,7 +61,7 @@ def test_a_multiprocessing_process_is_opened() -> None:
     finally:
         process.kill()
         process.join()
-    with pytest.raises(ProcessLookupError, match=f"pid {process.pid}"):
+    with pytest.raises(ProcessLookupError, match=str(process.pid)):
         Pidfd.open(process)
     process.close()
 
@@ -72,7 +72,7 @@ def test_an_asyncio_process_is_opened() -> None:
         with Pidfd.open(process) as pidfd:
             pidfd.send_signal(signal.SIGKILL)
             assert await process.wait() == -signal.SIGKILL
-        with pytest.raises(ProcessLookupError, match=f"pid {process.pid}"):
+        with pytest.raises(ProcessLookupError, match=str(process.pid)):
             Pidfd.open(process)
 
     asyncio.run(run())

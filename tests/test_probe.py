@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from calls import errno_of
+from calls import errno_of, run_python
 from mrelease import _probe, is_supported, probe, process_mrelease
 
 
@@ -34,6 +34,40 @@ def test_threads_and_a_stolen_exit_status_do_not_matter() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_no_child_leaves_the_probe_where_handlers_raise() -> None:
+    program = """
+import os, signal
+from mrelease import is_supported
+
+def handler(number, frame):
+    while frame:
+        if frame.f_code is is_supported.__code__:
+            raise ZeroDivisionError
+        frame = frame.f_back
+
+parent = os.getpid()
+raised = 0
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+for _ in range(300):
+    try:
+        is_supported()
+    except ZeroDivisionError:
+        raised += 1
+    if os.getpid() != parent:
+        print("a child has left", flush=True)
+        os._exit(1)
+signal.setitimer(signal.ITIMER_REAL, 0)
+try:
+    os.waitpid(-1, os.WNOHANG)
+    print("a child was not reaped")
+except ChildProcessError:
+    print("raised" if raised else "never raised")
+"""
+    result = run_python(program)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "raised\n", "")
 
 
 @pytest.mark.parametrize(

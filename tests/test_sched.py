@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+from collections.abc import Iterator
 
 import pytest
 
 import victims
-from calls import opened
-from mrelease import _sched, kill, kill_and_release
+from calls import run_python
+from mrelease import Pidfd, _sched, kill, kill_and_release
 
 
 def affinities(victim: victims.Victim) -> list[set[int]]:
     return [os.sched_getaffinity(tid) for tid in victim.threads()]
 
 
+def bar(victim: victims.Victim) -> dict[int, set[int]]:
+    before: dict[int, set[int]] = {}
+    with Pidfd.open(victim.pid) as pidfd:
+        _sched.bar(pidfd, before)
+    return before
+
+
+@pytest.fixture
+def cpu() -> Iterator[int]:
+    """A CPU that the caller is pinned to."""
+    before = os.sched_getaffinity(0)
+    cpu = min(before)
+    os.sched_setaffinity(0, {cpu})
+    yield cpu
+    os.sched_setaffinity(0, before)
+
+
 @pytest.mark.needs("cpus")
-def test_every_thread_is_barred_from_the_cpu_and_let_back() -> None:
-    cpus = os.sched_getaffinity(0)
-    cpu = min(cpus)
+def test_every_thread_is_barred_from_the_cpu_and_let_back(cpu: int) -> None:
     with victims.victim(1, threads=3) as victim:
-        before = _sched.bar(victim.pid, cpu)
+        for tid in victim.threads():
+            os.sched_setaffinity(tid, range(1024))
+        cpus = os.sched_getaffinity(victim.pid)
+        before = bar(victim)
         assert affinities(victim) == [cpus - {cpu}] * 3
         assert before == dict.fromkeys(victim.threads(), cpus)
         _sched.unbar(before)
@@ -29,30 +49,77 @@ def test_every_thread_is_barred_from_the_cpu_and_let_back() -> None:
 
 
 @pytest.mark.needs("cpus")
-def test_a_thread_that_may_not_run_on_the_cpu_is_left_alone() -> None:
-    cpu, other = sorted(os.sched_getaffinity(0))[:2]
+def test_a_thread_that_may_not_run_on_the_cpu_is_left_alone(cpu: int) -> None:
     with victims.victim(1) as victim:
+        os.sched_setaffinity(victim.pid, range(1024))
+        other = max(os.sched_getaffinity(victim.pid))
         os.sched_setaffinity(victim.pid, {other})
-        assert _sched.bar(victim.pid, cpu) == {}
+        assert bar(victim) == {}
         assert affinities(victim) == [{other}]
 
 
 @pytest.mark.needs("cpus")
-def test_a_victim_pinned_to_the_cpu_gets_another() -> None:
-    cpu = min(os.sched_getaffinity(0))
+def test_a_victim_pinned_to_the_cpu_gets_another(cpu: int) -> None:
     with victims.victim(1) as victim:
         os.sched_setaffinity(victim.pid, {cpu})
-        assert _sched.bar(victim.pid, cpu) == {victim.pid: {cpu}}
+        assert bar(victim) == {victim.pid: {cpu}}
         (affinity,) = affinities(victim)
         assert affinity
         assert cpu not in affinity
 
 
 def test_whoever_has_gone_is_left_alone() -> None:
-    pid = victims.reaped_pid()
-    assert _sched.bar(pid, 0) == {}
-    _sched.unbar({pid: {0}})
-    _sched.boost(pid)
+    before: dict[int, set[int]] = {}
+    with victims.victim(1) as victim, Pidfd.open(victim.pid) as pidfd:
+        pidfd.send_signal(signal.SIGKILL)
+        victim.reap()
+        _sched.bar(pidfd, before)
+        assert before == {}
+        _sched.unbar({victim.pid: {0}})
+        _sched.boost(pidfd)
+
+
+def test_a_zombies_id_is_not_boosted() -> None:
+    # Its pid may be another's as soon as it is reaped.
+    with victims.zombie() as victim, Pidfd.open(victim.pid) as pidfd:
+        os.setpriority(os.PRIO_PROCESS, victim.pid, 5)
+        _sched.boost(pidfd)
+        assert os.getpriority(os.PRIO_PROCESS, victim.pid) == 5
+
+
+@pytest.mark.needs("cpus")
+def test_a_handler_that_raises_before_the_kill_leaves_the_victim_as_it_was() -> None:
+    program = """
+import os, signal
+import victims
+from mrelease import kill
+
+class Interrupt(Exception):
+    pass
+
+def handler(*args):
+    raise Interrupt
+
+signal.signal(signal.SIGALRM, handler)
+interrupted = 0
+for delay in range(5, 605, 5):
+    with victims.victim(1, threads=4) as victim:
+        cpus = os.sched_getaffinity(victim.pid)
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay * 1e-6)
+                kill(victim.pid, timeout=0)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupt:
+            if victim.state() == "S":
+                interrupted += 1
+                tids = victim.threads()
+                assert all(os.sched_getaffinity(tid) == cpus for tid in tids)
+print(interrupted)
+"""
+    result = run_python(program)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.needs("release", "cpus")
@@ -95,11 +162,11 @@ def test_without_boost_scheduling_is_left_alone() -> None:
 
 
 def test_the_nice_value_goes_as_low_as_the_victims_limit_allows() -> None:
-    with victims.exit_stopped() as victim, opened(victim.pid) as fd:
+    with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
         _, hard = resource.prlimit(victim.pid, resource.RLIMIT_NICE)
         if os.geteuid() != 0 and hard == 0:
             pytest.skip("needs root, or a RLIMIT_NICE above 0")
-        kill_and_release(fd)
-        _sched.boost(victim.pid)
+        kill_and_release(pidfd.fileno())
+        _sched.boost(pidfd)
         lowest = -20 if os.geteuid() == 0 else 20 - hard
         assert os.getpriority(os.PRIO_PROCESS, victim.pid) == lowest

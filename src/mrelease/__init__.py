@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._pidfd import Pidfd as Pidfd
     from ._probe import is_supported as is_supported
     from ._probe import probe as probe
+    from ._types import Target as Target
 
 __version__ = "0.1.0.dev0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "PIDFD_THREAD",
     "KillResult",
     "Pidfd",
+    "Target",
     "is_supported",
     "kill",
     "kill_and_release",
@@ -47,6 +49,7 @@ __all__ = [
 _LAZY = {
     "KillResult": "_kill",
     "Pidfd": "_kill",
+    "Target": "_types",
     "is_supported": "_probe",
     "kill": "_kill",
     "probe": "_probe",

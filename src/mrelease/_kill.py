@@ -7,7 +7,7 @@ from errno import EAGAIN, EBADF, EINVAL, ENOSYS, ESRCH
 from time import monotonic
 
 from . import _proc
-from ._mrelease import getcpu, kill_and_release, process_mrelease
+from ._mrelease import kill_and_release, process_mrelease
 from ._pidfd import Pidfd, seconds
 from ._sched import bar, boost, unbar
 
@@ -57,15 +57,16 @@ class KillResult:
         was not gone by the timeout; "busy", it writes a core dump or shares its memory
         with a living process; "partial", a device driver kept a part; "unsupported",
         the kernel has no process_mrelease(2); "blocked", a seccomp filter forbids it;
-        "alive", nobody has killed it (release() only).
+        "alive", it is not dying: nobody has killed it, or it is a kernel thread.
     released: whether its private memory is known to be back.
     exited: whether it has exited, so that the rest (shared memory, ports) is back too.
     signal: the number of the signal sent last, None if none was.
     errno: of the last release, 0 if there was none or it succeeded.
     attempts: how many times the release was called.
     elapsed: seconds from the call to its return.
-    freed: bytes of anonymous memory and swap given back; None unless asked for by
-        measure=True, and where it cannot be known.
+    freed: bytes of anonymous memory and swap that it no longer holds; None unless asked
+        for by measure=True, and where it cannot be known. Pages shared with a living
+        forked child are counted, though they come back only with that.
     """
 
     __slots__ = (
@@ -180,10 +181,13 @@ def kill(
         no limit. A release that is already under way can outlast it.
     wait: wait for the exit, too, when the memory is back.
     boost: keep the victim off the caller's CPU during the kill, then raise the priority
-        of what is left of it, as far as the caller may (CAP_SYS_NICE).
+        of what is left of it, as far as the caller may (CAP_SYS_NICE). Where a seccomp
+        filter kills for sched_setaffinity or setpriority (systemd's @resources), say
+        False, or it takes the caller.
     settle: seconds that the victim gets to exit by itself before it is released. A
         victim that holds a robust mutex (LMDB's lock) and is released before it has run
-        its exit leaves the waiters hanging; a few milliseconds avoid it.
+        its exit leaves the waiters hanging; a few milliseconds avoid it. With more than
+        timeout it is never released.
     measure: report the bytes given back.
 
     Returns as soon as the private memory is known to be back. The SIGKILL has been sent
@@ -303,8 +307,9 @@ class _Sequence:
         return self._kill(pidfd)
 
     def release(self, pidfd: Pidfd) -> KillResult:
+        deadline = self.start + self.timeout
         self._release(pidfd)
-        self._await_memory(pidfd, monotonic() + self.timeout)
+        self._await_memory(pidfd, deadline)
         return self._result(pidfd)
 
     def _check(self, pidfd: Pidfd) -> None:
@@ -316,7 +321,7 @@ class _Sequence:
         deadline = monotonic() + self.timeout
         try:
             if self.settle:
-                self._kill_then_release(pidfd)
+                self._kill_then_release(pidfd, deadline)
             else:
                 self._kill_and_release(pidfd)
         except ProcessLookupError:
@@ -329,25 +334,39 @@ class _Sequence:
     def _kill_and_release(self, pidfd: Pidfd) -> None:
         # A victim that wakes up on this CPU starts its own exit before the release
         # does. Its priority is not touched yet: it might starve the caller.
-        before = bar(pidfd.pid, getcpu()) if self.boost else {}
+        before: dict[int, set[int]] = {}
         try:
+            if self.boost:
+                bar(pidfd, before)
             self.errno = kill_and_release(pidfd.fileno())
         except BaseException:
-            unbar(before)
+            if not pidfd.exited:  # else the ids of its threads may be others' by now
+                unbar(before)
             raise
         self.signal = SIGKILL
         self.attempts += 1
         if self.boost:
-            boost(pidfd.pid)
+            self._boost(pidfd, before)
 
-    def _kill_then_release(self, pidfd: Pidfd) -> None:
+    def _kill_then_release(self, pidfd: Pidfd, deadline: float) -> None:
         pidfd.send_signal(SIGKILL)
         self.signal = SIGKILL
         # At once: a starved victim could not use the time it is given.
         if self.boost:
-            boost(pidfd.pid)
-        if not pidfd.wait(self.settle):
+            self._boost(pidfd, {})
+        settled = monotonic() + self.settle
+        exited = pidfd.wait(max(0.0, min(settled, deadline) - monotonic()))
+        if not exited and settled <= deadline:
             self._release(pidfd)
+
+    def _boost(self, pidfd: Pidfd, before: dict[int, set[int]]) -> None:
+        # Whoever has let go of its memory may be a kernel thread, which never had any
+        # and ignores SIGKILL: that one keeps the scheduling it had.
+        unsure = self.errno == ESRCH or not self.attempts
+        if unsure and _proc.dying(pidfd.pid) is False:
+            unbar(before)
+        else:
+            boost(pidfd)
 
     def _release(self, pidfd: Pidfd) -> None:
         self.attempts += 1
@@ -390,11 +409,15 @@ class _Sequence:
         )
 
     def _outcome(self, pid: int, exited: bool) -> _Outcome:
-        if exited and (self.errno or not self.attempts):
+        if not self.attempts:  # it obeyed, or was given time to settle
+            return "exited" if exited else "exiting"
+        if exited and self.errno:
             return "exited"
         outcome = _OUTCOMES.get(self.errno, "blocked")
-        if outcome == "busy" and self.signal is None and not _proc.dying(pid):
-            return "alive"
+        if outcome in ("busy", "exiting"):
+            dying = _proc.dying(pid)
+            if dying is False or (dying is None and self.signal is None):
+                return "alive"
         return outcome
 
     def _freed(self, pid: int, exited: bool, released: bool) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from _warnings import warn  # warnings itself is not needed until one is shown
-from errno import EBADF, EINVAL, ENODATA, ENOENT, ESRCH
+from _operator import index  # operator and warnings would import more
+from _warnings import warn
+from errno import EBADF, EINVAL, ENODATA, ENOENT, ENOSYS, ESRCH
 from select import POLLIN, POLLNVAL, poll
 from sys import byteorder
 from time import monotonic
@@ -46,12 +47,15 @@ class Pidfd:
         """Take over a descriptor from pidfd_open(2), clone3(2) or SCM_PIDFD.
 
         Raises OSError with EBADF if fd is no pidfd, ValueError if it was opened with
-        PIDFD_THREAD; the descriptor then stays the caller's. Needs /proc.
+        PIDFD_THREAD; the descriptor then stays the caller's. Needs the /proc of the
+        caller's pid namespace: OSError with ENOSYS without.
         """
-        self._fd = -1
-        pid = _pid_of_descriptor(fd)
-        self._fd = fd
-        self._pid = pid
+        self._fd = self._pid = -1
+        if isinstance(fd, bool):
+            raise TypeError("a descriptor must be an int, not bool")
+        number = index(fd)
+        self._pid = _pid_of_descriptor(number)
+        self._fd = number
 
     @classmethod
     def open(
@@ -68,17 +72,16 @@ class Pidfd:
         with EMFILE when no descriptor is left. A Pidfd gives a second, independent one.
         """
         self = cls.__new__(cls)
-        self._fd = -1
-        if isinstance(target, Pidfd):
-            self._pid = target._pid
-            self._fd = os.dup(target.fileno())
-        else:
-            self._pid = _pid_of(target)
-            self._fd = _open(self._pid)
+        self._fd = self._pid = -1
         try:
+            if isinstance(target, Pidfd):
+                self._pid = target._pid
+                self._fd = os.dup(target.fileno())
+            else:
+                self._pid = _pid_of(target)
+                self._fd = _open(self._pid, target)
             # Asked now, because the pid could have been reused until it was open.
-            if _reaped(target):
-                raise ProcessLookupError(ESRCH, f"Process {self._pid} has been reaped")
+            _check_not_reaped(self._pid, target)
             if verify is not None:
                 self._verify(verify)
         except BaseException:
@@ -166,8 +169,8 @@ class Pidfd:
     def cgroup_id(self) -> int:
         """The inode number of the process's cgroup v2 directory. Linux 6.13.
 
-        Raises OSError: ENOTTY on older kernels, ESRCH once the process has been reaped,
-        ENODATA if the kernel does not say.
+        Raises OSError: ENOTTY or EINVAL on older kernels, ESRCH once the process has
+        been reaped, ENODATA if the kernel does not say.
         """
         from fcntl import ioctl
 
@@ -209,15 +212,20 @@ def seconds(name: str, value: float | None, *, optional: bool = False) -> float:
     """Check a number of seconds; None, where it is allowed, means no limit."""
     if value is None and optional:
         return float("inf")
-    try:
-        valid = value >= 0  # type: ignore[operator]  # not so for NaN
-    except TypeError:
+    # A str would convert as well, and is surely a mistake.
+    if value is None or not (
+        hasattr(value, "__float__") or hasattr(value, "__index__")
+    ):
         raise TypeError(
             f"{name} must be a number of seconds, not {type(value).__name__}"
-        ) from None
-    if not valid:
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        raise OverflowError(f"{name} is too large") from None
+    if not number >= 0:  # NaN is not
         raise ValueError(f"{name} must be zero or more seconds, not {value!r}")
-    return value  # type: ignore[return-value]
+    return number
 
 
 def _poll(fd: int, timeout: float) -> bool:
@@ -229,44 +237,43 @@ def _poll(fd: int, timeout: float) -> bool:
     return bool(events)
 
 
-def _open(pid: int) -> int:
+def _open(pid: int, target: object) -> int:
     try:
         return pidfd_open(pid)
     except OSError as error:
         if error.errno not in (ESRCH, EINVAL, ENOENT):
             raise
-    # Either error may also come of a process just being reaped, so look again.
-    leader = _leader(pid)
+    _check_not_reaped(pid, target)
+    # EINVAL may also come of a process just being reaped, so look again.
+    leader = _proc.leader(pid)
     if leader not in (None, pid):
         raise ValueError(f"{pid} is the id of a thread of process {leader}")
     raise ProcessLookupError(ESRCH, f"No process has the pid {pid}")
-
-
-def _leader(tid: int) -> int | None:
-    try:
-        return int(_proc.fields(f"/proc/{tid}/status")[b"Tgid"])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def _pid_of(target: object) -> int:
     pid: Any = getattr(target, "pid", target)
     if target is not None and pid is None:
         raise ValueError(f"{target!r} has not been started")
-    # True is no pid of 1: whoever passes it did not mean to.
-    if isinstance(pid, bool) or not hasattr(pid, "__index__"):
+    if isinstance(pid, bool):
+        pid = None  # True is no pid of 1: whoever passes it did not mean to
+    try:
+        number = index(pid)
+    except TypeError:
         raise TypeError(
             "a target must be a pid, a Pidfd or an object with a pid, "
             f"not {type(target).__name__}"
-        )
-    if pid <= 0:
-        raise ValueError(f"a pid must be positive, not {pid}")
-    return int(pid)
+        ) from None
+    if number <= 0:
+        raise ValueError(f"a pid must be positive, not {number}")
+    return number
 
 
 def _pid_of_descriptor(fd: int) -> int:
-    os.fstat(fd)  # EBADF unless it is open, TypeError unless it is an int
-    info = _proc.fields(f"/proc/self/fdinfo/{fd}")
+    os.fstat(fd)  # EBADF unless it is open
+    if not _proc.is_ours():
+        raise OSError(ENOSYS, "No /proc of this pid namespace, to tell the pid")
+    info = _proc.fields(f"/proc/thread-self/fdinfo/{fd}")
     if b"Pid" not in info:
         raise OSError(EBADF, f"Descriptor {fd} is not a pidfd")
     if int(info[b"flags"], 8) & PIDFD_THREAD:
@@ -274,10 +281,12 @@ def _pid_of_descriptor(fd: int) -> int:
     return int(info[b"Pid"])
 
 
-def _reaped(target: object) -> bool:
-    """Whether a process object says that its process has been reaped."""
-    for status in ("returncode", "exitcode"):
-        if getattr(target, status, None) is not None:
-            return True
+def _check_not_reaped(pid: int, target: object) -> None:
+    """Raise ProcessLookupError if a process object says that it has been reaped."""
     is_running = getattr(target, "is_running", None)  # psutil
-    return is_running is not None and not is_running()
+    if (
+        getattr(target, "returncode", None) is not None
+        or getattr(target, "exitcode", None) is not None
+        or (is_running is not None and not is_running())
+    ):
+        raise ProcessLookupError(ESRCH, f"Process {pid} has been reaped")

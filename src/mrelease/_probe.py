@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
 from warnings import catch_warnings, simplefilter
 
 from . import _proc
@@ -26,7 +26,7 @@ def probe() -> dict[str, object]:
     few milliseconds.
 
     Raises OSError if no child can be forked, RuntimeError in a subinterpreter that may
-    not fork. Thread-safe.
+    not fork. Thread-safe, but in that moment DeprecationWarning is ignored everywhere.
     """
     return {
         "kernel": os.uname().release,
@@ -72,15 +72,28 @@ def ask(attempt: Callable[[], None], since: str) -> bool | str:
     code = _in_child(attempt)
     if code == 0:
         return True
-    if code in (errno.ENOSYS, errno.ENOTTY) and _kernel_before(since):
+    # Kernels without an ioctl say ENOTTY; 6.11 and 6.12, with other ones, EINVAL.
+    unknown = (errno.ENOSYS, errno.ENOTTY, errno.EINVAL)
+    if code in unknown and _kernel_before(since):
         return f"kernel older than {since}"
-    if code in (None, errno.ENOSYS, errno.EPERM, errno.EACCES):
+    if code in (-SIGSYS, errno.ENOSYS, errno.EPERM, errno.EACCES):
         return "seccomp"
-    return os.strerror(code)
+    return os.strerror(code) if code > 0 else f"killed by signal {-code}"
 
 
-def _in_child(attempt: Callable[[], None]) -> int | None:
-    """Run attempt in a forked child; return 0, its errno, or None if it was killed."""
+def _in_child(attempt: Callable[[], None]) -> int:
+    """Run attempt in a forked child; return 0, its errno, or minus what killed it."""
+    # No signal handler may run meanwhile: one that raises would leave a child unreaped
+    # here, and in the child go on with the caller's program.
+    before = pthread_sigmask(SIG_BLOCK, [])
+    try:
+        pthread_sigmask(SIG_BLOCK, valid_signals())
+        return _fork_and_wait(attempt)
+    finally:
+        pthread_sigmask(SIG_SETMASK, before)
+
+
+def _fork_and_wait(attempt: Callable[[], None]) -> int:
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as pipe:
         try:
@@ -90,10 +103,8 @@ def _in_child(attempt: Callable[[], None]) -> int | None:
         finally:
             os.close(writer)
         answer = pipe.read(1)
-    # An application that reaps every child itself may be first: the answer is here.
-    with suppress(ChildProcessError):
-        os.waitpid(child, 0)
-    return answer[0] if answer else None
+    killed = _reap(child)
+    return answer[0] if answer else -killed
 
 
 def _fork() -> int:
@@ -102,6 +113,16 @@ def _fork() -> int:
         # held. This one takes none.
         simplefilter("ignore", DeprecationWarning)
         return os.fork()
+
+
+def _reap(child: int) -> int:
+    """Wait for a child's end; return the signal that killed it."""
+    try:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except ChildProcessError:
+        # The application reaps every child itself. A filter is the likeliest reason.
+        return SIGSYS
+    return -status
 
 
 def _answer(attempt: Callable[[], None], writer: int) -> NoReturn:
@@ -121,7 +142,10 @@ def _cgroup_kill() -> bool | str:
     # Every cgroup but the root has the file, so there may be none to look at.
     if _kernel_before("5.14"):
         return "kernel older than 5.14"
-    mounts = _proc.read("/proc/self/mountinfo").split(b"\n")
+    try:
+        mounts = _proc.read("/proc/self/mountinfo").split(b"\n")
+    except FileNotFoundError:
+        return "no /proc"
     return any(b" - cgroup2 " in mount for mount in mounts) or "no cgroup v2 mounted"
 
 

@@ -1,7 +1,8 @@
 """What /proc says of a process: read as bytes, because a process names itself.
 
 No kill may fail because /proc cannot be read, be it for want of a descriptor: what is
-said of threads and memory then is that none was seen.
+said of threads and memory then is that none was seen. Nor may it be believed where it
+is the /proc of another pid namespace, whose numbers mean other processes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ import os
 _PF_EXITING = 0x4
 _PF_SIGNALED = 0x400
 _SIGKILL_PENDING = 1 << 8
+
+
+def is_ours() -> bool:
+    """Whether /proc is there, and its pids are those that system calls take."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:  # none is mounted, or one that does not know this process
+        return False
 
 
 def read(path: str) -> bytes:
@@ -27,18 +36,28 @@ def fields(path: str) -> dict[bytes, bytes]:
 
 
 def name(pid: int) -> str:
-    """The name of a process, at most 15 bytes; "?" once it has been reaped."""
+    """The name of a process, at most 15 bytes; "?" where it cannot be read."""
     try:
-        comm = read(f"/proc/{pid}/comm")
-    except (FileNotFoundError, ProcessLookupError):
+        comm = read(f"/proc/{pid}/comm") if is_ours() else b"?"
+    except OSError:  # the module says why
         return "?"
     return comm.removesuffix(b"\n").decode(errors="backslashreplace")
 
 
-def threads(pid: int) -> list[int]:
-    """The ids of a process's threads; none once it has been reaped, or unreadable."""
+def leader(tid: int) -> int | None:
+    """The pid of the process that a thread belongs to; None if it cannot be read."""
     try:
-        return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
+        return int(fields(f"/proc/{tid}/status")[b"Tgid"]) if is_ours() else None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def threads(pid: int) -> list[int]:
+    """The ids of a process's threads; none where they cannot be read."""
+    try:
+        return (
+            [int(tid) for tid in os.listdir(f"/proc/{pid}/task")] if is_ours() else []
+        )
     except OSError:  # the module says why
         return []
 
@@ -56,16 +75,20 @@ def anonymous(pid: int) -> int | None:
     return None
 
 
-def dying(pid: int) -> bool:
-    """Whether every thread of a process has been killed or is exiting."""
-    return all(_thread_dying(f"/proc/{pid}/task/{tid}") for tid in threads(pid))
+def dying(pid: int) -> bool | None:
+    """Whether every thread of a process is killed or exiting; None if none is seen."""
+    tids = threads(pid)
+    return (
+        all(_thread_dying(f"/proc/{pid}/task/{tid}") for tid in tids) if tids else None
+    )
 
 
 def _thread_dying(task: str) -> bool:
     try:
+        # In this order: a thread drops the pending signal just before it is flagged.
+        pending = int(fields(f"{task}/status")[b"SigPnd"], 16)
         # The name, in parentheses, may hold anything, parentheses too.
         flags = int(read(f"{task}/stat").rpartition(b")")[2].split()[6])
-        pending = int(fields(f"{task}/status")[b"SigPnd"], 16)
-    except OSError:  # the module says why
+    except OSError:  # the thread has ended, or the module says why
         return True
     return bool(flags & (_PF_EXITING | _PF_SIGNALED) or pending & _SIGKILL_PENDING)

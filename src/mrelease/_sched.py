@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import os
 
+from ._mrelease import getcpu
+from ._pidfd import Pidfd
 from ._proc import threads
 
-# The kernel drops the bits of CPUs that a machine or cpuset lacks.
-_EVERY_CPU = range(1024)
 
+def bar(pidfd: Pidfd, before: dict[int, set[int]]) -> None:
+    """Bar every thread of a process from the caller's CPU, if it may run on another.
 
-def bar(pid: int, cpu: int) -> dict[int, set[int]]:
-    """Bar every thread of a process from a CPU, if it may run on another one.
-
-    Returns the CPUs that each thread changed could run on before, for unbar().
+    before gets the CPUs that each thread could run on, for unbar(): ahead of the
+    change, as an exception may come at any moment.
     """
-    before: dict[int, set[int]] = {}
-    for tid in threads(pid):
+    tids = threads(pidfd.pid)
+    try:
+        cpu = getcpu()  # late, as the caller may move whenever it gives up the GIL
+    except OSError:
+        return
+    for tid in tids:
         try:
             allowed = os.sched_getaffinity(tid)
             if cpu in allowed:
-                others = allowed - {cpu} or set(_EVERY_CPU) - {cpu}
-                os.sched_setaffinity(tid, others)
                 before[tid] = allowed
+                os.sched_setaffinity(tid, allowed - {cpu} or _every_cpu() - {cpu})
         except OSError:  # the module says why
             continue
-    return before
 
 
 def unbar(before: dict[int, set[int]]) -> None:
@@ -41,16 +43,33 @@ def unbar(before: dict[int, set[int]]) -> None:
             continue
 
 
-def boost(pid: int) -> None:
+def boost(pidfd: Pidfd) -> None:
     """Give every thread of a dying process every CPU and the best priority allowed."""
+    tids = threads(pidfd.pid)
+    # Once it has been reaped, the ids may be another's. Looked at after they were read,
+    # so that only a reuse within the next microseconds could be mistaken.
+    if pidfd.exited:
+        return
+    cpus = _every_cpu()
     nice = -20
-    for tid in threads(pid):
+    for tid in tids:
         try:
-            os.sched_setaffinity(tid, _EVERY_CPU)
+            os.sched_setaffinity(tid, cpus)
+        except OSError:  # the module says why
+            pass
+        try:
             nice = _lower_nice(tid, nice)
             _leave_idle(tid)
         except OSError:  # the module says why
             continue
+
+
+def _every_cpu() -> set[int]:
+    """CPU numbers, too many rather than too few: the kernel drops what it lacks.
+
+    Where os.cpu_count() counts the CPUs that the caller may use (musl), it can be low.
+    """
+    return set(range(max(64, os.cpu_count() or 1)))
 
 
 def _lower_nice(tid: int, lowest: int) -> int:

@@ -1,4 +1,4 @@
-"""Types of the public functions: for type checkers, never imported at run time."""
+"""Types of the public functions; nothing that kills imports them at run time."""
 
 from __future__ import annotations
 
