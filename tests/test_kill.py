@@ -319,6 +319,8 @@ def test_a_kernel_thread_is_not_dying() -> None:
     if _proc.name(2) != "kthreadd":
         pytest.skip("needs the first pid namespace, where pid 2 is kthreadd")
     assert _proc.dying(2) is False
+    assert _proc.is_kernel_thread(2)
+    assert not _proc.is_kernel_thread(os.getpid())
 
 
 @needs_release

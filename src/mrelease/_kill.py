@@ -360,10 +360,10 @@ class _Sequence:
             self._release(pidfd)
 
     def _boost(self, pidfd: Pidfd, before: dict[int, set[int]]) -> None:
-        # Whoever has let go of its memory may be a kernel thread, which never had any
-        # and ignores SIGKILL: that one keeps the scheduling it had.
+        # Whoever has no memory may be a kernel thread, which never had any and ignores
+        # SIGKILL: that one keeps the scheduling it had.
         unsure = self.errno == ESRCH or not self.attempts
-        if unsure and _proc.dying(pidfd.pid) is False:
+        if unsure and _proc.is_kernel_thread(pidfd.pid):
             unbar(before)
         else:
             boost(pidfd)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 
 # /proc/PID/stat, field 9 (proc_pid_stat(5)); the values are in the kernel's
-# include/linux/sched.h and have never changed.
+# include/linux/sched.h and have not changed in 5.10 to 7.3.
 _PF_EXITING = 0x4
 _PF_SIGNALED = 0x400
+_PF_KTHREAD = 0x200000
 _SIGKILL_PENDING = 1 << 8
 
 
@@ -83,12 +84,24 @@ def dying(pid: int) -> bool | None:
     )
 
 
+def is_kernel_thread(pid: int) -> bool:
+    """Whether a process is one of the kernel's; False where it cannot be read."""
+    try:
+        return is_ours() and bool(_flags(f"/proc/{pid}") & _PF_KTHREAD)
+    except OSError:  # the module says why
+        return False
+
+
 def _thread_dying(task: str) -> bool:
     try:
         # In this order: a thread drops the pending signal just before it is flagged.
         pending = int(fields(f"{task}/status")[b"SigPnd"], 16)
-        # The name, in parentheses, may hold anything, parentheses too.
-        flags = int(read(f"{task}/stat").rpartition(b")")[2].split()[6])
+        flags = _flags(task)
     except OSError:  # the thread has ended, or the module says why
         return True
     return bool(flags & (_PF_EXITING | _PF_SIGNALED) or pending & _SIGKILL_PENDING)
+
+
+def _flags(task: str) -> int:
+    # The name, in parentheses, may hold anything, parentheses too.
+    return int(read(f"{task}/stat").rpartition(b")")[2].split()[6])
