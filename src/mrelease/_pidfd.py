@@ -59,7 +59,7 @@ class Pidfd:
 
     @classmethod
     def open(
-        cls, target: Target, *, verify: Callable[[int], object] | None = None
+        cls, target: Target, *, verify: Callable[[int], bool] | None = None
     ) -> Self:
         """Open a process: a pid, or an object with a ``.pid``, such as a Popen.
 
@@ -89,7 +89,7 @@ class Pidfd:
             raise
         return self
 
-    def _verify(self, verify: Callable[[int], object]) -> None:
+    def _verify(self, verify: Callable[[int], bool]) -> None:
         if not verify(self._pid):
             raise ProcessLookupError(ESRCH, f"Process {self._pid} is not the one meant")
         if self.exited:
