@@ -38,10 +38,11 @@ def run_python(
     program: str, *, under: tuple[str, ...] = (), options: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run a program that may import the tests' modules, in a fresh interpreter."""
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [*under, sys.executable, *options, "-c", program],
         capture_output=True,
         text=True,
         timeout=50,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )

@@ -88,7 +88,7 @@ class Index:
 def test_whatever_has_an_index_is_an_int_as_are_bools() -> None:
     for value in (Index(-1), True):
         with pytest.raises(OSError, match=r"Bad file descriptor|Invalid argument"):
-            _mrelease.process_mrelease(value)
+            _mrelease.pidfd_send_signal(value, 0)
 
 
 def test_an_exception_of_index_passes_through() -> None:

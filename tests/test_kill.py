@@ -100,7 +100,8 @@ def test_a_zombie_has_exited_and_is_not_reaped() -> None:
     with victims.zombie() as victim:
         result = kill(victim.process, measure=True)
         assert (result.outcome, result.released) == ("exited", True)
-        assert (result.errno, result.freed) == (errno.ESRCH, None)
+        assert result.errno in (errno.ESRCH, errno.ENOSYS)
+        assert result.freed is None
         assert victim.exited()
 
 

@@ -48,7 +48,7 @@ def test_shared_memory_stays_though_the_release_is_0() -> None:
         victim.wait_exit_stop()
         assert errno_of(process_mrelease, fd) == 0
         assert victim.anon() == 0
-        assert victim.shared() >= 8 << 20
+        assert victim.shared() >= 7 << 20  # of 8: see Victim._status
 
 
 @needs_release

@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from errno import ENOSYS
 from threading import Thread
 from time import monotonic, sleep
@@ -82,19 +82,19 @@ class Run:
             self.exit = self.elapsed
 
 
-def by_sigkill(victim: Child) -> None:
+def by_sigkill(victim: Pidfd) -> None:
     """Kill as everybody does: the memory comes back when the victim gets to run."""
-    os.kill(victim.pid, SIGKILL)
+    victim.send_signal(SIGKILL)
 
 
-def by_mrelease(victim: Child) -> None:
+def by_mrelease(victim: Pidfd) -> None:
     """Kill and release."""
     kill(victim, timeout=_CUT_OFF)
 
 
 def measure(
     size: int,
-    method: Callable[[Child], None],
+    method: Callable[[Pidfd], None],
     show: Callable[[Run], object] = id,
     limit: float = _CUT_OFF,
 ) -> Run:
@@ -103,18 +103,17 @@ def measure(
     A victim's own figures vanish long before its memory is back, so what it holds is
     read from the machine's: AnonPages, against its value before the victim was born.
     """
-    with _children() as children:
-        for _ in os.sched_getaffinity(0):
-            _spawn(children, _SPINNER, os.getpid())
+    with _children() as spawn:
+        spinners = [spawn(_SPINNER, os.getpid()) for _ in os.sched_getaffinity(0)]
         before = _anonymous_pages()
-        victim = _spawn(children, _VICTIM, size)
+        victim = spawn(_VICTIM, size)
         os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
-        for spinner in children[:-1]:
+        for spinner in spinners:
             _start_spinning(spinner)
         sleep(_SPREAD)
         with Pidfd.open(victim) as pidfd:
+            thread = Thread(target=_kill, args=(method, Pidfd.open(pidfd)))
             run = Run(size)
-            thread = Thread(target=method, args=(victim,))
             thread.start()
             while run.exit is None and run.elapsed < limit:
                 run.look(pidfd.exited, _anonymous_pages() - before)
@@ -125,37 +124,42 @@ def measure(
     return run
 
 
+def _kill(method: Callable[[Pidfd], None], victim: Pidfd) -> None:
+    with victim:
+        try:
+            method(victim)
+        except ProcessLookupError:
+            pass  # Ctrl-C: it has been killed and reaped already
+
+
 @contextmanager
-def _children() -> Generator[list[Child]]:
-    """A list of processes that are killed and reaped in the end, all of them."""
-    children: list[Child] = []
-    try:
-        yield children
-    finally:
-        # All first: a starved one exits only when the spinners are gone.
-        for child in children:
-            child.kill()
-        for child in children:
-            child.communicate()
+def _children() -> Generator[Callable[[str, int], Child]]:
+    """Gives a function that starts children, which all end with the context."""
+    # All are killed before one is reaped: a starved one exits only when the spinners
+    # are gone. Stacks, so that Ctrl-C in the midst of it skips none.
+    with ExitStack() as reaping, ExitStack() as killing:
 
+        def spawn(program: str, argument: int) -> Child:
+            # In a process group of its own, so that Ctrl-C reaches the demo alone; but
+            # not in a session of its own, which the scheduler may treat as one more
+            # equal share.
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", program, str(argument)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # of what it says when the demo is killed
+                process_group=0,
+            )
+            reaping.callback(child.communicate)
+            killing.callback(child.kill)
+            assert child.stdout is not None
+            line = child.stdout.readline().decode().strip()
+            if line != "ready":
+                reason = line or f"it ended with {child.wait()}"
+                raise RuntimeError(f"a child could not be made ready: {reason}")
+            return child
 
-def _spawn(children: list[Child], program: str, argument: int) -> Child:
-    """Start a child, and return when it says that it is ready."""
-    # In a process group of its own, so that Ctrl-C reaches the demo alone; but not in a
-    # session of its own, which the scheduler may treat as one more equal share.
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", program, str(argument)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # of what they say when this process is killed
-        process_group=0,
-    )
-    children.append(child)
-    assert child.stdout is not None
-    line = child.stdout.readline().decode().strip()
-    if line != "ready":
-        raise RuntimeError(f"a child could not be made ready: {line or child.wait()}")
-    return child
+        yield spawn
 
 
 def _start_spinning(spinner: Child) -> None:
