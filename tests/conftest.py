@@ -15,8 +15,8 @@ import victims
 from mrelease import process_mrelease
 
 
-def _why_no_strace() -> str | None:
-    return None if shutil.which("strace") else "needs strace"
+def _why_no(command: str) -> Callable[[], str | None]:
+    return lambda: None if shutil.which(command) else f"needs {command}"
 
 
 def _why_no_seccomp() -> str | None:
@@ -49,8 +49,9 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "release": _why_no_release,
     "root": victims.why_not_root,
     "seccomp": _why_no_seccomp,
-    "strace": _why_no_strace,
+    "strace": _why_no("strace"),
     "subinterpreters": _why_no_subinterpreters,
+    "unshare": _why_no("unshare"),
 }
 REQUIRED = set(filter(None, os.environ.get("MRELEASE_REQUIRE", "").split(",")))
 
