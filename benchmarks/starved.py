@@ -1,6 +1,6 @@
 """Memory of a starved victim back: mrelease.kill against SIGKILL alone.
 
-The victim runs at SCHED_IDLE beside one spinner a CPU. Both ways are run in turn, and
+The victim is at SCHED_IDLE beside one spinner a CPU. Both ways are run in turn, and
 the figures are printed as median [lowest-highest].
 
     python -m benchmarks.starved [--size MiB] [--runs N]
@@ -28,7 +28,7 @@ def main() -> int:
     methods = {"SIGKILL alone": _demo.by_sigkill, "mrelease.kill": _demo.by_mrelease}
     seen: dict[str, list[_demo.Run]] = {name: [] for name in methods}
     print(
-        f"{options.size} MiB at SCHED_IDLE beside a spinner on each of "
+        f"{options.size} MiB, starved beside a spinner on each of "
         f"{len(os.sched_getaffinity(0))} CPUs, Linux {os.uname().release}, "
         f"uid {os.geteuid()}, {options.runs} runs"
     )

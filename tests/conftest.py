@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "cpus": victims.why_not_two_cpus,
     "freezer": victims.why_no_freezer,
     "fuse": victims.why_no_fuse,
+    "mount": _why_no("mount"),
     "release": _why_no_release,
     "root": victims.why_not_root,
     "seccomp": _why_no_seccomp,
@@ -62,6 +64,8 @@ def _why_not(name: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job ignores SIGINT, and so would the commands tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): skip without these: conftest.py")
     if unknown := REQUIRED - REASONS.keys():
         raise pytest.UsageError(f"MRELEASE_REQUIRE: unknown {', '.join(unknown)}")

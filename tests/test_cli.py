@@ -17,6 +17,7 @@ import pytest
 
 import victims
 from calls import run_python
+from mrelease import _proc
 from mrelease._cli import main
 
 COMMAND = (sys.executable, "-m", "mrelease")
@@ -82,6 +83,29 @@ def test_who_is_not_in_time_is_status_1() -> None:
     with victims.exit_stopped(sharer="clone") as victim:
         result = run("kill", "-t0.05", "--no-boost", victim.pid)
         assert (result.returncode, "busy" in result.stdout) == (1, True)
+
+
+@pytest.mark.needs("release", "cpus")
+def test_no_boost_leaves_the_scheduling_alone() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    for option, count in (("--no-boost", 1), ("--wait", None)):
+        with victims.exit_stopped() as victim:
+            os.sched_setaffinity(victim.pid, {cpu})
+            run("kill", option, "-t0.05", victim.pid)
+            cpus = os.sched_getaffinity(victim.pid)
+            assert (len(cpus) == 1) == (count == 1)
+
+
+@pytest.mark.needs("release")
+def test_settle_comes_before_the_release() -> None:
+    with victims.exit_stopped() as victim:
+        result = run("kill", "--json", "--settle=60", "-t0.05", victim.pid)
+        found = json.loads(result.stdout)
+        assert (result.returncode, found["outcome"], found["attempts"]) == (
+            1,
+            "exiting",
+            0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -233,22 +257,25 @@ def test_a_name_that_cannot_be_encoded_is_escaped() -> None:
     assert " j\\xe4ger " in result.stdout
 
 
-def test_a_reader_that_leaves_the_demo_or_doctor_is_no_error() -> None:
-    for arguments in ("doctor", "demo --size 16"):
-        command = f"{shlex.join(COMMAND)} {arguments} | head -0"
-        result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=50)
-        assert result.stderr == b""
+@pytest.mark.parametrize(
+    "arguments",
+    ["doctor", pytest.param("demo --size 16", marks=pytest.mark.needs("release"))],
+)
+def test_a_reader_that_leaves_is_no_error(arguments: str) -> None:
+    command = f"{shlex.join(COMMAND)} {arguments} | head -0"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=50)
+    assert result.stderr == b""
 
 
 def test_ctrl_c_says_who_was_killed_and_who_was_not() -> None:
-    with victims.victim(sigterm="ignore") as one, victims.victim() as two:
+    with victims.victim() as one, victims.victim() as two:
+        one.stop()  # so that SIGTERM stays pending
         with subprocess.Popen(
             [*COMMAND, "kill", "--term=50", str(one.pid), str(two.pid)],
             stderr=subprocess.PIPE,
             text=True,
         ) as process:
-            # It has begun when the first victim has been sent SIGTERM.
-            victims._until(lambda: has_a_poll(process.pid), "the command to wait")
+            victims._until(lambda: has_a_sigterm(one.pid), "the first SIGTERM")
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=50)
         assert process.returncode == 130
@@ -257,10 +284,9 @@ def test_ctrl_c_says_who_was_killed_and_who_was_not() -> None:
         assert two.state() == "S"
 
 
-def has_a_poll(pid: int) -> bool:
-    """Whether a process waits in poll(2) for a pidfd."""
-    with open(f"/proc/{pid}/wchan") as wchan:
-        return "poll" in wchan.read()
+def has_a_sigterm(pid: int) -> bool:
+    pending = _proc.fields(f"/proc/{pid}/status")[b"ShdPnd"]
+    return bool(int(pending, 16) & 1 << signal.SIGTERM - 1)
 
 
 @pytest.mark.needs("release")
@@ -271,6 +297,47 @@ def test_on_a_terminal_it_says_what_it_waits_for() -> None:
         assert f"{victim.pid}: 0." in output
         assert "MiB held" in output
         assert "busy" in output
+
+
+def test_a_terminal_that_goes_away_stops_no_kill() -> None:
+    with (
+        victims.victim(sigterm="ignore") as one,
+        victims.victim(sigterm="ignore") as two,
+    ):
+        leader, follower = pty.openpty()
+        # A session of its own, so that no SIGHUP comes.
+        with subprocess.Popen(
+            [*COMMAND, "kill", "--wait", "--term=0.6", str(one.pid), str(two.pid)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=follower,
+            start_new_session=True,
+        ) as process:
+            os.close(follower)
+            assert b"held" in os.read(leader, 65536)
+            os.close(leader)
+        assert process.returncode == 0
+        assert one.exited()
+        assert two.exited()
+
+
+def test_without_threads_to_be_had_a_kill_goes_on() -> None:
+    with victims.victim(1) as one, victims.victim(1) as two:
+        program = f"""
+import sys, threading
+from mrelease._cli import main
+def start(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+sys.exit(main(["kill", "--wait", "{one.pid}", "{two.pid}"]))
+"""
+        leader, follower = pty.openpty()
+        result = subprocess.run([sys.executable, "-c", program], stderr=follower)
+        os.close(follower)
+        os.close(leader)
+        assert result.returncode == 0
+        assert one.exited()
+        assert two.exited()
 
 
 def on_terminal(*arguments: object) -> tuple[int, str]:

@@ -85,7 +85,6 @@ def test_eagain_to_the_end_is_partial() -> None:
     )
     assert (result["outcome"], result["released"]) == ("partial", False)
     assert (result["errno"], held > 0) == (errno.EAGAIN, True)
-    assert result["attempts"] > 1
 
 
 @strace

@@ -25,7 +25,7 @@ def test_the_probe_says_what_the_kernel_says() -> None:
             assert found[feature] in (True, "no cgroup v2 mounted")
 
 
-def test_threads_and_a_stolen_exit_status_do_not_matter() -> None:
+def test_other_threads_do_not_matter() -> None:
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
@@ -68,6 +68,17 @@ except ChildProcessError:
 """
     result = run_python(program)
     assert (result.returncode, result.stdout, result.stderr) == (0, "raised\n", "")
+
+
+def test_a_caller_that_reaps_every_child_itself_does_not_matter() -> None:
+    program = """
+import signal
+from mrelease import is_supported, probe
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print(probe()["pidfd_open"])
+"""
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("True\n", "")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from calls import run_python
 from mrelease import _proc
 
-pytestmark = pytest.mark.needs("root", "unshare")
+pytestmark = pytest.mark.needs("mount", "root", "unshare")
 
 # Without victims.py, which needs /proc.
 PRELUDE = """

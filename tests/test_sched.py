@@ -87,39 +87,47 @@ def test_a_zombies_id_is_not_boosted() -> None:
         assert os.getpriority(os.PRIO_PROCESS, victim.pid) == 5
 
 
-@pytest.mark.needs("cpus")
-def test_a_handler_that_raises_before_the_kill_leaves_the_victim_as_it_was() -> None:
-    program = """
-import os, signal
-import victims
+@pytest.mark.needs("cpus", "strace")
+@pytest.mark.parametrize("call", ["sched_getaffinity", "sched_setaffinity"])
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_a_handler_that_raises_before_the_kill_leaves_the_victim_as_it_was(
+    call: str, when: int
+) -> None:
+    with victims.victim(1, threads=3) as victim:
+        before = affinities(victim)
+        program = f"""
+import signal
 from mrelease import kill
-
-class Interrupt(Exception):
-    pass
-
 def handler(*args):
-    raise Interrupt
-
-signal.signal(signal.SIGALRM, handler)
-interrupted = 0
-for delay in range(5, 605, 5):
-    with victims.victim(1, threads=4) as victim:
-        cpus = os.sched_getaffinity(victim.pid)
-        try:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, delay * 1e-6)
-                kill(victim.pid, timeout=0)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except Interrupt:
-            if victim.state() == "S":
-                interrupted += 1
-                tids = victim.threads()
-                assert all(os.sched_getaffinity(tid) == cpus for tid in tids)
-print(interrupted)
+    raise ZeroDivisionError
+signal.signal(signal.SIGUSR1, handler)
+try:
+    kill({victim.pid})
+except ZeroDivisionError:
+    print("raised")
 """
-    result = run_python(program)
-    assert (result.returncode, result.stderr) == (0, "")
+        # The call succeeds, and the signal comes with it.
+        inject = f"inject={call}:signal=SIGUSR1:when={when}"
+        strace = ("strace", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
+        result = run_python(program, under=strace)
+        assert (result.stdout, result.stderr) == ("raised\n", "")
+        assert affinities(victim) == before
+        assert victim.state() == "S"
+
+
+@pytest.mark.needs("cpus", "release", "strace")
+def test_the_victim_is_barred_before_the_kill_and_boosted_after_the_release() -> None:
+    calls = "sched_setaffinity,setpriority,pidfd_send_signal,process_mrelease"
+    with victims.exit_stopped() as victim:
+        program = f"from mrelease import kill; print(kill({victim.pid}).outcome)"
+        strace = ("strace", "-qq", f"-etrace={calls}", "-esignal=none")
+        result = run_python(program, under=strace)
+    assert result.stdout == "released\n"
+    made = [line.partition("(")[0] for line in result.stderr.splitlines()]
+    check, bar, kill, release, *boost = made
+    assert (check, bar) == ("pidfd_send_signal", "sched_setaffinity")
+    assert (kill, release) == ("pidfd_send_signal", "process_mrelease")
+    assert set(boost) == {"sched_setaffinity", "setpriority"}
 
 
 @pytest.mark.needs("release", "cpus")

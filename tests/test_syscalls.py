@@ -333,7 +333,7 @@ def test_other_threads_run_while_a_release_is_blocked(call: object) -> None:
 def test_another_thread_sees_the_memory_shrink_while_it_is_released() -> None:
     """Seen in the middle of the call, which it can only be with the GIL released."""
     seen = set()
-    for _ in range(5):
+    for _ in range(10):
         with victims.exit_stopped(1024) as victim, opened(victim.pid) as fd:
             held = victim.anon()
             thread = threading.Thread(target=kill_and_release, args=(fd,))
@@ -341,6 +341,6 @@ def test_another_thread_sees_the_memory_shrink_while_it_is_released() -> None:
             while thread.is_alive():
                 seen.add(victim.anon())
             thread.join()
-        if sum(held / 10 < size < held * 9 / 10 for size in seen) >= 3:
+        if any(held / 10 < size < held * 9 / 10 for size in seen):
             return
     pytest.fail(f"not seen in the middle of the release: {sorted(seen)}")

@@ -109,7 +109,7 @@ def _add_kill(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=_seconds,
         default=0.0,
-        help="time to exit by itself before it is released (default: 0)",
+        help="time to exit by itself before it is released, at most -t (default: 0)",
     )
     add("--json", action="store_true", help="print a JSON object a line")
     add("-n", "--dry-run", action="store_true", help="only say what would be killed")
@@ -277,9 +277,11 @@ def _with_progress(pidfd: Pidfd, run: Callable[[], KillResult]) -> KillResult:
 
     # A daemon, so that Ctrl-C ends the command even while a release is blocked.
     thread = Thread(target=work, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads to be had: then without progress
+        return run()
     start = monotonic()
-    clear = "\r\x1b[K"
     try:
         while True:
             thread.join(_PROGRESS_PAUSE)
@@ -287,13 +289,20 @@ def _with_progress(pidfd: Pidfd, run: Callable[[], KillResult]) -> KillResult:
                 break
             held = (_proc.anonymous(pidfd.pid) or 0) / _MIB
             waited = monotonic() - start
-            text = f"{clear}{pidfd.pid}: {waited:.1f} s, {held:.1f} MiB held"
-            print(text, end="", file=sys.stderr, flush=True)
+            _show(f"{pidfd.pid}: {waited:.1f} s, {held:.1f} MiB held")
     finally:
-        print(clear, end="", file=sys.stderr, flush=True)
+        _show("")
     if isinstance(ended[0], Exception):
         raise ended[0]
     return ended[0]
+
+
+def _show(text: str) -> None:
+    """Replace the line of progress."""
+    try:
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)  # the terminal has gone, the kill has not
 
 
 def _dry_line(pid: int, name: str, held: int, options: argparse.Namespace) -> str:

@@ -30,7 +30,6 @@ _MIB = 2**20
 _BACK = 0.95  # the part of a victim's memory that counts as all of it
 _CUT_OFF = 15.0  # seconds
 _SMALLEST = 16 * _MIB  # of less, the machine's other processes would be seen
-_SPREAD = 0.2  # seconds until the scheduler has the spinners on all CPUs
 
 # Both end with their parent, even if that is killed: the victim by the end of its
 # standard input, a spinner by looking.
@@ -107,29 +106,44 @@ def measure(
         spinners = [spawn(_SPINNER, os.getpid()) for _ in os.sched_getaffinity(0)]
         before = _anonymous_pages()
         victim = spawn(_VICTIM, size)
-        os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
-        for spinner in spinners:
+        _starve(victim.pid)
+        for cpu, spinner in zip(os.sched_getaffinity(0), spinners, strict=True):
+            os.sched_setaffinity(spinner.pid, {cpu})
             _start_spinning(spinner)
-        sleep(_SPREAD)
         with Pidfd.open(victim) as pidfd:
-            thread = Thread(target=_kill, args=(method, Pidfd.open(pidfd)))
+            failed: list[Exception] = []
+            thread = Thread(target=_kill, args=(method, Pidfd.open(pidfd), failed))
             run = Run(size)
             thread.start()
-            while run.exit is None and run.elapsed < limit:
+            while run.exit is None and run.elapsed < limit and not failed:
                 run.look(pidfd.exited, _anonymous_pages() - before)
                 show(run)
                 # Often at first, to see milliseconds, then seldom.
                 sleep(min(0.05, 0.002 + run.elapsed / 50))
     thread.join()
+    if failed:
+        raise failed[0]
     return run
 
 
-def _kill(method: Callable[[Pidfd], None], victim: Pidfd) -> None:
+def _kill(
+    method: Callable[[Pidfd], None], victim: Pidfd, failed: list[Exception]
+) -> None:
     with victim:
         try:
             method(victim)
-        except ProcessLookupError:
-            pass  # Ctrl-C: it has been killed and reaped already
+        except Exception as error:  # raised again where it is expected
+            failed.append(error)
+
+
+def _starve(pid: int) -> None:
+    """Give a process the lowest priority there is."""
+    try:
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+    except OSError as error:
+        if error.errno != ENOSYS:
+            raise
+        os.setpriority(os.PRIO_PROCESS, pid, 19)  # musl does not make the call
 
 
 @contextmanager
@@ -197,8 +211,8 @@ def run(size: int | None, runs: int) -> int:
             "what is available"
         )
     print(
-        f"Linux {os.uname().release}, victims of {size // _MIB} MiB at SCHED_IDLE\n"
-        f"beside a spinner on each of {len(os.sched_getaffinity(0))} CPUs\n"
+        f"Linux {os.uname().release}, {len(os.sched_getaffinity(0))} CPUs\n"
+        f"Victims of {size // _MIB} MiB, starved by a spinner on each CPU\n"
     )
     methods = {"SIGKILL alone": by_sigkill, "mrelease.kill": by_mrelease}
     seen: dict[str, list[Run]] = {name: [] for name in methods}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import textwrap
+from errno import ENOSYS
 
 from . import _proc
 from ._probe import ask, probe
@@ -60,7 +61,7 @@ def examine() -> tuple[dict[str, object], dict[str, str]]:
     """The probe, the caller's privileges, seccomp, CPUs; and advice for each lack."""
     status = _proc.fields("/proc/self/status")
     report = probe()
-    report["scheduling"] = ask(_try_scheduling, "0.0")
+    report["scheduling"] = ask(_try_scheduling)
     effective = int(status[b"CapEff"], 16)
     granted = True if _in_first_user_namespace() else _HERE_ONLY
     for name, bit in _CAPABILITIES.items():
@@ -73,8 +74,12 @@ def examine() -> tuple[dict[str, object], dict[str, str]]:
 def _try_scheduling() -> None:
     """What bar() and boost() do, on the caller itself, without an effect."""
     os.sched_setaffinity(0, os.sched_getaffinity(0))
-    os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_getparam(0))
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0))
+    try:
+        os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_getparam(0))
+    except OSError as error:
+        if error.errno != ENOSYS:  # musl's answer, which does not make the call
+            raise
 
 
 def _in_first_user_namespace() -> bool:

@@ -318,10 +318,11 @@ class _Sequence:
             self.held = _proc.anonymous(pidfd.pid)
 
     def _kill(self, pidfd: Pidfd) -> KillResult:
-        deadline = monotonic() + self.timeout
+        now = monotonic()
+        deadline = now + self.timeout
         try:
             if self.settle:
-                self._kill_then_release(pidfd, deadline)
+                self._kill_then_release(pidfd, now + self.settle, deadline)
             else:
                 self._kill_and_release(pidfd)
         except ProcessLookupError:
@@ -348,13 +349,12 @@ class _Sequence:
         if self.boost:
             self._boost(pidfd, before)
 
-    def _kill_then_release(self, pidfd: Pidfd, deadline: float) -> None:
+    def _kill_then_release(self, pidfd: Pidfd, settled: float, deadline: float) -> None:
         pidfd.send_signal(SIGKILL)
         self.signal = SIGKILL
         # At once: a starved victim could not use the time it is given.
         if self.boost:
             self._boost(pidfd, {})
-        settled = monotonic() + self.settle
         exited = pidfd.wait(max(0.0, min(settled, deadline) - monotonic()))
         if not exited and settled <= deadline:
             self._release(pidfd)
@@ -416,7 +416,9 @@ class _Sequence:
         outcome = _OUTCOMES.get(self.errno, "blocked")
         if outcome in ("busy", "exiting"):
             dying = _proc.dying(pid)
-            if dying is False or (dying is None and self.signal is None):
+            # Unknown: EINVAL without a kill most likely means that there was none.
+            unkilled = dying is None and self.signal is None and outcome == "busy"
+            if dying is False or unkilled:
                 return "alive"
         return outcome
 

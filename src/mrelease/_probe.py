@@ -67,7 +67,7 @@ def _try_pidfd_info() -> None:
         pidfd.cgroup_id()
 
 
-def ask(attempt: Callable[[], None], since: str) -> bool | str:
+def ask(attempt: Callable[[], None], since: str = "0.0") -> bool | str:
     """Try something that Linux has since a version in a child; say True, or why not."""
     code = _in_child(attempt)
     if code == 0:
@@ -83,8 +83,8 @@ def ask(attempt: Callable[[], None], since: str) -> bool | str:
 
 def _in_child(attempt: Callable[[], None]) -> int:
     """Run attempt in a forked child; return 0, its errno, or minus what killed it."""
-    # No signal handler may run meanwhile: one that raises would leave a child unreaped
-    # here, and in the child go on with the caller's program.
+    # A signal handler that raises in the child would go on with the caller's program
+    # there; blocked, no signal reaches the child's one thread.
     before = pthread_sigmask(SIG_BLOCK, [])
     try:
         pthread_sigmask(SIG_BLOCK, valid_signals())
@@ -95,15 +95,19 @@ def _in_child(attempt: Callable[[], None]) -> int:
 
 def _fork_and_wait(attempt: Callable[[], None]) -> int:
     reader, writer = os.pipe()
+    child = killed = 0
     with open(reader, "rb", buffering=0) as pipe:
         try:
-            child = _fork()
-            if child == 0:
-                _answer(attempt, writer)
+            try:
+                child = _fork()
+                if child == 0:
+                    _answer(attempt, writer)
+            finally:
+                os.close(writer)
+            answer = pipe.read(1)
         finally:
-            os.close(writer)
-        answer = pipe.read(1)
-    killed = _reap(child)
+            if child:
+                killed = _reap(child)
     return answer[0] if answer else -killed
 
 

@@ -18,7 +18,10 @@ _SIGKILL_PENDING = 1 << 8
 
 
 def is_ours() -> bool:
-    """Whether /proc is there, and its pids are those that system calls take."""
+    """Whether /proc is there, and its pids are those that system calls take.
+
+    Told by this process's own pid, which only by chance is the same in two namespaces.
+    """
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:  # none is mounted, or one that does not know this process
@@ -46,7 +49,7 @@ def name(pid: int) -> str:
 
 
 def leader(tid: int) -> int | None:
-    """The pid of the process that a thread belongs to; None if it cannot be read."""
+    """The pid of the process that a thread belongs to; None if there is none here."""
     try:
         return int(fields(f"/proc/{tid}/status")[b"Tgid"]) if is_ours() else None
     except (FileNotFoundError, ProcessLookupError):

@@ -19,7 +19,7 @@ def bar(pidfd: Pidfd, before: dict[int, set[int]]) -> None:
     before gets the CPUs that each thread could run on, for unbar(): ahead of the
     change, as an exception may come at any moment.
     """
-    tids = threads(pidfd.pid)
+    tids = _threads(pidfd)
     try:
         cpu = getcpu()  # late, as the caller may move whenever it gives up the GIL
     except OSError:
@@ -45,14 +45,9 @@ def unbar(before: dict[int, set[int]]) -> None:
 
 def boost(pidfd: Pidfd) -> None:
     """Give every thread of a dying process every CPU and the best priority allowed."""
-    tids = threads(pidfd.pid)
-    # Once it has been reaped, the ids may be another's. Looked at after they were read,
-    # so that only a reuse within the next microseconds could be mistaken.
-    if pidfd.exited:
-        return
     cpus = _every_cpu()
     nice = -20
-    for tid in tids:
+    for tid in _threads(pidfd):
         try:
             os.sched_setaffinity(tid, cpus)
         except OSError:  # the module says why
@@ -62,6 +57,14 @@ def boost(pidfd: Pidfd) -> None:
             _leave_idle(tid)
         except OSError:  # the module says why
             continue
+
+
+def _threads(pidfd: Pidfd) -> list[int]:
+    """The ids of a process's threads; none once it has exited."""
+    tids = threads(pidfd.pid)
+    # Once it has been reaped, the ids may be another's. Looked at after they were read,
+    # so that only a reuse within the next microseconds could be mistaken.
+    return [] if pidfd.exited else tids
 
 
 def _every_cpu() -> set[int]:
