@@ -25,16 +25,12 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256, help="MiB (default: 256)")
     parser.add_argument("--runs", type=int, default=5, help="of each (default: 5)")
     options = parser.parse_args()
-    methods = {"SIGKILL alone": _demo.by_sigkill, "mrelease.kill": _demo.by_mrelease}
-    seen: dict[str, list[_demo.Run]] = {name: [] for name in methods}
     print(
         f"{options.size} MiB, starved beside a spinner on each of "
         f"{len(os.sched_getaffinity(0))} CPUs, Linux {os.uname().release}, "
         f"uid {os.geteuid()}, {options.runs} runs"
     )
-    for _ in range(options.runs):
-        for name, method in methods.items():
-            seen[name].append(_demo.measure(options.size << 20, method, limit=LIMIT))
+    seen = _demo.compare(options.size << 20, options.runs, LIMIT)
     print(_demo.table(seen, LIMIT))
     slow, fast = (
         statistics.median(LIMIT if run.back is None else run.back for run in runs)

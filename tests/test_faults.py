@@ -155,15 +155,15 @@ with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
 """
 
 
+RELEASES = [
+    "kill_and_release(pidfd.fileno())",
+    "(victim.kill(), process_mrelease(pidfd.fileno()))[1]",
+    "kill(pidfd).errno",
+]
+
+
 @strace
-@pytest.mark.parametrize(
-    "call",
-    [
-        "kill_and_release(pidfd.fileno())",
-        "(victim.kill(), process_mrelease(pidfd.fileno()))[1]",
-        "kill(pidfd).errno",
-    ],
-)
+@pytest.mark.parametrize("call", RELEASES)
 def test_after_a_signal_the_handler_runs_and_the_release_goes_on(call: str) -> None:
     outcome, calls, held = inject(
         INTERRUPTED.replace("CALL", call).replace("RAISES", "False"),
@@ -173,15 +173,7 @@ def test_after_a_signal_the_handler_runs_and_the_release_goes_on(call: str) -> N
 
 
 @strace
-@pytest.mark.parametrize(
-    "call",
-    [
-        "kill_and_release(pidfd.fileno())",
-        "(victim.kill(), process_mrelease(pidfd.fileno()))[1]",
-        "kill(pidfd).errno",
-        "pidfd.release(timeout=1)",
-    ],
-)
+@pytest.mark.parametrize("call", [*RELEASES, "pidfd.release(timeout=1)"])
 def test_after_a_signal_the_exception_of_its_handler_wins(call: str) -> None:
     outcome, calls, held = inject(
         INTERRUPTED.replace("CALL", call).replace("RAISES", "True"),

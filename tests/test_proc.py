@@ -14,7 +14,7 @@ pytestmark = pytest.mark.needs("mount", "root", "unshare")
 
 # Without victims.py, which needs /proc.
 PRELUDE = """
-import errno, json, os, signal, time
+import errno, json, os
 from mrelease import *
 from mrelease import _proc
 
@@ -27,12 +27,6 @@ def child():
         os._exit(0)
     return pid
 
-def raised(function, *args):
-    try:
-        function(*args)
-    except Exception as error:
-        return type(error).__name__
-
 victim = child()
 """
 
@@ -42,38 +36,31 @@ NO_PROC = ("unshare", "--mount", "--propagation=unchanged", "sh", "-c", HIDE)
 FOREIGN_PROC = ("unshare", "--pid", "--fork")
 
 
-def without_proc(program: str) -> Any:
-    return answer(run_python(PRELUDE + program, under=NO_PROC))
+UNDER = {"no /proc": NO_PROC, "a foreign /proc": FOREIGN_PROC}
 
 
-def with_foreign_proc(program: str) -> Any:
-    return answer(run_python(PRELUDE + program, under=FOREIGN_PROC))
-
-
-def answer(result: Any) -> Any:
+def answer(program: str, under: tuple[str, ...]) -> Any:
+    result = run_python(PRELUDE + program, under=under)
     assert (result.returncode, result.stderr) == (0, "")
     return json.loads(result.stdout)
 
 
-RUN = {"no /proc": without_proc, "a foreign /proc": with_foreign_proc}
-
-
-@pytest.fixture(params=RUN)
-def run(request: pytest.FixtureRequest) -> Any:
-    return RUN[request.param]
+@pytest.fixture(params=UNDER)
+def under(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return UNDER[request.param]
 
 
 def test_this_tests_proc_is_its_own() -> None:
     assert _proc.is_ours()
 
 
-def test_it_is_not_believed_and_the_kill_works(run: Any) -> None:
+def test_it_is_not_believed_and_the_kill_works(under: tuple[str, ...]) -> None:
     program = """
 result = kill(victim, wait=True, timeout=None, measure=True)
 status = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
 print(json.dumps([_proc.is_ours(), result.exited, result.signal, status]))
 """
-    assert run(program) == [False, True, 9, -9]
+    assert answer(program, under) == [False, True, 9, -9]
 
 
 def test_no_stranger_is_boosted_or_barred() -> None:
@@ -95,20 +82,22 @@ for pid in (victim, stranger):
     os.waitpid(pid, 0)
 print(json.dumps([before == after, own]))
 """
-    assert with_foreign_proc(program) == [True, 5]
+    assert answer(program, FOREIGN_PROC) == [True, 5]
 
 
-def test_a_living_process_is_alive_not_busy(run: Any) -> None:
+def test_a_living_process_is_alive_not_busy(under: tuple[str, ...]) -> None:
     program = """
 outcome = release(victim).outcome if is_supported() else "alive"
 os.kill(victim, 9)
 os.waitpid(victim, 0)
 print(json.dumps(outcome))
 """
-    assert run(program) == "alive"
+    assert answer(program, under) == "alive"
 
 
-def test_a_descriptor_without_a_pid_to_be_told_is_refused(run: Any) -> None:
+def test_a_descriptor_without_a_pid_to_be_told_is_refused(
+    under: tuple[str, ...],
+) -> None:
     program = """
 fd = pidfd_open(victim)
 try:
@@ -119,10 +108,9 @@ os.kill(victim, 9)
 os.waitpid(victim, 0)
 print(json.dumps(code == errno.ENOSYS))
 """
-    assert run(program) is True
+    assert answer(program, under) is True
 
 
-@pytest.mark.parametrize("under", [NO_PROC, FOREIGN_PROC])
 def test_the_probe_and_the_command_work(under: tuple[str, ...]) -> None:
     program = """
 from mrelease._cli import main

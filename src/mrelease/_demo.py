@@ -91,11 +91,28 @@ def by_mrelease(victim: Pidfd) -> None:
     kill(victim, timeout=_CUT_OFF)
 
 
+METHODS = {"SIGKILL alone": by_sigkill, "mrelease.kill": by_mrelease}
+
+
+def compare(
+    size: int,
+    runs: int,
+    limit: float = _CUT_OFF,
+    display: Callable[[str], Callable[[Run], object]] = lambda name: id,
+) -> dict[str, list[Run]]:
+    """Measure every method in turn, runs times; display(name) shows one run."""
+    seen: dict[str, list[Run]] = {name: [] for name in METHODS}
+    for _ in range(runs):
+        for name, method in METHODS.items():
+            seen[name].append(measure(size, method, display(name), limit))
+    return seen
+
+
 def measure(
     size: int,
     method: Callable[[Pidfd], None],
-    show: Callable[[Run], object] = id,
-    limit: float = _CUT_OFF,
+    show: Callable[[Run], object],
+    limit: float,
 ) -> Run:
     """Kill a starved victim of its own and watch its memory come back.
 
@@ -214,11 +231,7 @@ def run(size: int | None, runs: int) -> int:
         f"Linux {os.uname().release}, {len(os.sched_getaffinity(0))} CPUs\n"
         f"Victims of {size // _MIB} MiB, starved by a spinner on each CPU\n"
     )
-    methods = {"SIGKILL alone": by_sigkill, "mrelease.kill": by_mrelease}
-    seen: dict[str, list[Run]] = {name: [] for name in methods}
-    for _ in range(runs):
-        for name, method in methods.items():
-            seen[name].append(measure(size, method, _Display(name).show))
+    seen = compare(size, runs, display=lambda name: _Display(name).show)
     print(f"\n{table(seen)}")
     return 0
 

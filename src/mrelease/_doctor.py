@@ -112,10 +112,11 @@ def text(report: dict[str, object], advice: dict[str, str]) -> str:
     lines: list[str] = []
     said: set[str] = set()
     for name, value in report.items():
-        shown = {True: "yes", False: "no", "seccomp": "no: seccomp"}.get(
-            value if isinstance(value, (bool, str)) else "", value
-        )
-        lines.append(f"{name:<17} {shown}")
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif value == "seccomp":
+            value = "no: seccomp"
+        lines.append(f"{name:<17} {value}")
         hint = advice.get(name)
         if hint and hint not in said:
             indent = " " * 4
