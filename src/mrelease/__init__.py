@@ -15,6 +15,10 @@ from ._mrelease import process_mrelease as process_mrelease
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._groups import cgroup_pidfds as cgroup_pidfds
+    from ._groups import kill_all as kill_all
+    from ._groups import kill_cgroup as kill_cgroup
+    from ._groups import kill_tree as kill_tree
     from ._kill import KillResult as KillResult
     from ._kill import kill as kill
     from ._kill import release as release
@@ -32,9 +36,13 @@ __all__ = [
     "KillResult",
     "Pidfd",
     "Target",
+    "cgroup_pidfds",
     "is_supported",
     "kill",
+    "kill_all",
     "kill_and_release",
+    "kill_cgroup",
+    "kill_tree",
     "pidfd_open",
     "pidfd_send_signal",
     "probe",
@@ -50,8 +58,12 @@ _LAZY = {
     "KillResult": "_kill",
     "Pidfd": "_kill",
     "Target": "_types",
+    "cgroup_pidfds": "_groups",
     "is_supported": "_probe",
     "kill": "_kill",
+    "kill_all": "_groups",
+    "kill_cgroup": "_groups",
+    "kill_tree": "_groups",
     "probe": "_probe",
     "release": "_kill",
     "terminate": "_kill",

@@ -8,17 +8,17 @@ from time import monotonic
 
 from . import _proc
 from ._mrelease import kill_and_release, process_mrelease
-from ._pidfd import Pidfd, seconds
+from ._pidfd import INFINITY, Pidfd, poll_exited, seconds
 from ._sched import bar, boost, unbar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Literal, NoReturn, TypeAlias
 
     from ._types import Target
 
-    _Outcome: TypeAlias = Literal[
+    Outcome: TypeAlias = Literal[
         "released",
         "exited",
         "exiting",
@@ -39,7 +39,7 @@ _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
 _PASSING = (EAGAIN, EINVAL)
-_OUTCOMES: dict[int, _Outcome] = {
+_OUTCOMES: dict[int, Outcome] = {
     0: "released",
     EAGAIN: "partial",
     EINVAL: "busy",
@@ -82,7 +82,7 @@ class KillResult:
     )
 
     pid: int
-    outcome: _Outcome
+    outcome: Outcome
     released: bool
     exited: bool
     signal: int | None
@@ -94,7 +94,7 @@ class KillResult:
     def __init__(
         self,
         pid: int,
-        outcome: _Outcome,
+        outcome: Outcome,
         released: bool,
         exited: bool,
         signal: int | None,
@@ -200,8 +200,8 @@ def kill(
 
     Linux 5.15 for the release, 5.3 for the kill. Thread-safe; the GIL is released.
     """
-    sequence = _Sequence(timeout, wait, boost, settle, measure)
-    return _with_pidfd(target, sequence.kill)
+    options = Options(timeout, wait, boost, settle, measure)
+    return _with_pidfd(target, lambda pidfd: _kill(Sequence(pidfd, options)))
 
 
 def terminate(
@@ -222,13 +222,11 @@ def terminate(
     as are the errors, and ValueError if signal is none. A stopped process gets the
     signal only when continued. Linux 5.15 for the release. Thread-safe.
     """
-    sequence = _Sequence(timeout, wait, boost, settle, measure)
-    grace = seconds("grace", grace)
-    if not isinstance(signal, int):
-        raise TypeError(f"signal must be an int, not {type(signal).__name__}")
-    if signal <= 0:
-        raise ValueError(f"{signal} is not the number of a signal that ends a process")
-    return _with_pidfd(target, lambda pidfd: sequence.terminate(pidfd, grace, signal))
+    options = Options(timeout, wait, boost, settle, measure)
+    grace = check_asking(grace, signal)
+    return _with_pidfd(
+        target, lambda pidfd: _terminate(Sequence(pidfd, options), grace, signal)
+    )
 
 
 def release(target: Target, *, timeout: float | None = 0.0) -> KillResult:
@@ -239,7 +237,17 @@ def release(target: Target, *, timeout: float | None = 0.0) -> KillResult:
     the end. No permission is needed. Raises as kill() for a target that cannot be
     opened. Linux 5.15. Thread-safe; the GIL is released.
     """
-    return _with_pidfd(target, _Sequence(timeout).release)
+    options = Options(timeout)
+    return _with_pidfd(target, lambda pidfd: _release(Sequence(pidfd, options)))
+
+
+def check_asking(grace: float, signal: int) -> float:
+    """Check what terminate() takes beyond kill(); return the grace in seconds."""
+    if not isinstance(signal, int):
+        raise TypeError(f"signal must be an int, not {type(signal).__name__}")
+    if signal <= 0:
+        raise ValueError(f"{signal} is not the number of a signal that ends a process")
+    return seconds("grace", grace)
 
 
 def _with_pidfd(target: Target, run: Callable[[Pidfd], KillResult]) -> KillResult:
@@ -248,6 +256,28 @@ def _with_pidfd(target: Target, run: Callable[[Pidfd], KillResult]) -> KillResul
         return run(target)
     with Pidfd.open(target) as pidfd:
         return run(pidfd)
+
+
+def _kill(sequence: Sequence) -> KillResult:
+    sequence.check()
+    sequence.kill()
+    finish([sequence])
+    return sequence.result()
+
+
+def _terminate(sequence: Sequence, grace: float, signal: int) -> KillResult:
+    sequence.check()
+    sequence.ask(signal)
+    if not sequence.pidfd.wait(grace):
+        sequence.kill()
+        finish([sequence])
+    return sequence.result()
+
+
+def _release(sequence: Sequence) -> KillResult:
+    sequence.release()
+    finish([sequence])
+    return sequence.result()
 
 
 def check_victim(pidfd: Pidfd) -> None:
@@ -259,27 +289,16 @@ def check_victim(pidfd: Pidfd) -> None:
     pidfd.send_signal(0)
 
 
-class _Sequence:
-    """One run of the sequence: what was asked for, and what has happened so far."""
+class Options:
+    """kill()'s options, checked, and when it was called."""
 
-    __slots__ = (
-        "attempts",
-        "boost",
-        "errno",
-        "held",
-        "measure",
-        "settle",
-        "signal",
-        "start",
-        "timeout",
-        "wait",
-    )
+    __slots__ = ("boost", "measure", "settle", "start", "timeout", "wait")
 
     def __init__(
         self,
-        timeout: float | None,
+        timeout: float | None = 1.0,
         wait: bool = False,
-        boost: bool = False,
+        boost: bool = True,
         settle: float = 0.0,
         measure: bool = False,
     ) -> None:
@@ -289,127 +308,158 @@ class _Sequence:
         self.boost = boost
         self.measure = measure
         self.start = monotonic()
+
+
+class Sequence:
+    """The kill of one process: what has happened so far, and what is due next.
+
+    Whoever runs it sends the signal, by kill() or send(), calls step() whenever a
+    release is due, and stops when the process has exited, the deadline has passed or
+    nothing is pending. finish() does that for any number of them.
+    """
+
+    __slots__ = (
+        "_pause",
+        "attempts",
+        "deadline",
+        "due",
+        "errno",
+        "held",
+        "options",
+        "pidfd",
+        "signal",
+    )
+
+    def __init__(self, pidfd: Pidfd, options: Options) -> None:
+        self.pidfd = pidfd
+        self.options = options
         self.held: int | None = None
         self.signal: int | None = None
-        self.errno = 0
+        self.errno: int | None = None  # the last release's; None before the first
         self.attempts = 0
+        self.due = INFINITY  # when a release may do something, on monotonic()'s clock
+        self.deadline = options.start + options.timeout
+        self._pause = _FIRST_PAUSE
 
-    def kill(self, pidfd: Pidfd) -> KillResult:
-        self._check(pidfd)
-        return self._kill(pidfd)
+    def check(self) -> None:
+        """Raise, with nothing touched, unless it may be killed; measure its memory."""
+        check_victim(self.pidfd)
+        if self.options.measure:
+            self.weigh()
 
-    def terminate(self, pidfd: Pidfd, grace: float, signal: int) -> KillResult:
-        self._check(pidfd)
-        pidfd.send_signal(signal)
+    def weigh(self) -> int:
+        """Note how much memory it holds, in bytes; 0 where that cannot be known."""
+        self.held = _proc.anonymous(self.pidfd.pid)
+        return self.held or 0
+
+    def ask(self, signal: int) -> None:
+        """Send a signal that may make it end by itself."""
+        self.pidfd.send_signal(signal)
         self.signal = signal
-        if pidfd.wait(grace):
-            return self._result(pidfd)
-        return self._kill(pidfd)
 
-    def release(self, pidfd: Pidfd) -> KillResult:
-        deadline = self.start + self.timeout
-        self._release(pidfd)
-        self._await_memory(pidfd, deadline)
-        return self._result(pidfd)
-
-    def _check(self, pidfd: Pidfd) -> None:
-        check_victim(pidfd)
-        if self.measure:
-            self.held = _proc.anonymous(pidfd.pid)
-
-    def _kill(self, pidfd: Pidfd) -> KillResult:
-        now = monotonic()
-        deadline = now + self.timeout
+    def kill(self) -> None:
+        """Send SIGKILL and release, or let it settle first if that was asked for."""
+        if self.options.settle:
+            self.send()
+            return
+        self.deadline = monotonic() + self.options.timeout
         try:
-            if self.settle:
-                self._kill_then_release(pidfd, now + self.settle, deadline)
-            else:
-                self._kill_and_release(pidfd)
+            self._kill_and_release()
         except ProcessLookupError:
-            if not pidfd.exited:
+            if not self.pidfd.exited:
+                raise  # else it has been reaped since it was checked
+
+    def send(self) -> None:
+        """Send SIGKILL alone, hurry it through its exit, and make the release due."""
+        now = monotonic()
+        self.deadline = now + self.options.timeout
+        try:
+            self.ask(SIGKILL)
+        except ProcessLookupError:
+            if not self.pidfd.exited:
                 raise
-            return self._result(pidfd)  # it has been reaped since it was checked
-        self._await_memory(pidfd, deadline)
-        return self._result(pidfd)
-
-    def _kill_and_release(self, pidfd: Pidfd) -> None:
-        # A victim that wakes up on this CPU starts its own exit before the release
-        # does. Its priority is not touched yet: it might starve the caller.
-        before: dict[int, set[int]] = {}
-        try:
-            if self.boost:
-                bar(pidfd, before)
-            self.errno = kill_and_release(pidfd.fileno())
-        except BaseException:
-            if not pidfd.exited:  # else the ids of its threads may be others' by now
-                unbar(before)
-            raise
-        self.signal = SIGKILL
-        self.attempts += 1
-        if self.boost:
-            self._boost(pidfd, before)
-
-    def _kill_then_release(self, pidfd: Pidfd, settled: float, deadline: float) -> None:
-        pidfd.send_signal(SIGKILL)
-        self.signal = SIGKILL
+            return
+        settled = now + self.options.settle
+        self.due = settled if settled <= self.deadline else INFINITY
         # At once: a starved victim could not use the time it is given.
-        if self.boost:
-            self._boost(pidfd, {})
-        exited = pidfd.wait(max(0.0, min(settled, deadline) - monotonic()))
-        if not exited and settled <= deadline:
-            self._release(pidfd)
+        if self.options.boost:
+            self._boost({})
 
-    def _boost(self, pidfd: Pidfd, before: dict[int, set[int]]) -> None:
-        # Whoever has no memory may be a kernel thread, which never had any and ignores
-        # SIGKILL: that one keeps the scheduling it had.
-        unsure = self.errno == ESRCH or not self.attempts
-        if unsure and _proc.is_kernel_thread(pidfd.pid):
-            unbar(before)
-        else:
-            boost(pidfd)
+    def step(self, now: float) -> None:
+        """Release, if that is due."""
+        if self.due <= min(now, self.deadline):
+            self.release()
 
-    def _release(self, pidfd: Pidfd) -> None:
+    def release(self) -> None:
         self.attempts += 1
         try:
-            process_mrelease(pidfd.fileno())
-            self.errno = 0
+            process_mrelease(self.pidfd.fileno())
         except OSError as error:
             if error.errno == EBADF:  # not the kernel's answer to a pidfd
                 raise
-            self.errno = error.errno or 0
+            self._answered(error.errno or 0)
+        else:
+            self._answered(0)
 
-    def _await_memory(self, pidfd: Pidfd, deadline: float) -> None:
-        """Wait for the memory, with wait for the exit, at most until the deadline."""
-        pause = _FIRST_PAUSE
-        while self.errno or self.wait:
-            again = self.errno in _PASSING
-            remaining = max(0.0, deadline - monotonic())
-            if pidfd.wait(min(remaining, pause) if again else remaining):
-                break
-            if monotonic() >= deadline:
-                break
-            if again:
-                self._release(pidfd)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to wait for, if it has not exited."""
+        return self.errno != 0 or self.options.wait
 
-    def _result(self, pidfd: Pidfd) -> KillResult:
-        exited = pidfd.exited
-        outcome = self._outcome(pidfd.pid, exited)
+    def result(self) -> KillResult:
+        pid = self.pidfd.pid
+        exited = self.pidfd.exited
+        outcome = self._outcome(pid, exited)
         released = exited or outcome == "released"
         return KillResult(
-            pid=pidfd.pid,
+            pid=pid,
             outcome=outcome,
             released=released,
             exited=exited,
             signal=self.signal,
-            errno=self.errno,
+            errno=self.errno or 0,
             attempts=self.attempts,
-            elapsed=monotonic() - self.start,
-            freed=self._freed(pidfd.pid, exited, released) if self.measure else None,
+            elapsed=monotonic() - self.options.start,
+            freed=self._freed(exited, released) if self.options.measure else None,
         )
 
-    def _outcome(self, pid: int, exited: bool) -> _Outcome:
-        if not self.attempts:  # it obeyed, or was given time to settle
+    def _kill_and_release(self) -> None:
+        # A victim that wakes up on this CPU starts its own exit before the release
+        # does. Its priority is not touched yet: it might starve the caller.
+        before: dict[int, set[int]] = {}
+        try:
+            if self.options.boost:
+                bar(self.pidfd, before)
+            errno = kill_and_release(self.pidfd.fileno())
+        except BaseException:
+            if not self.pidfd.exited:  # else its threads' ids may be others' by now
+                unbar(before)
+            raise
+        self.signal = SIGKILL
+        self.attempts += 1
+        self._answered(errno)
+        if self.options.boost:
+            self._boost(before)
+
+    def _boost(self, before: dict[int, set[int]]) -> None:
+        # Whoever has no memory may be a kernel thread, which never had any and ignores
+        # SIGKILL: that one keeps the scheduling it had.
+        unsure = self.errno == ESRCH or not self.attempts
+        if unsure and _proc.is_kernel_thread(self.pidfd.pid):
+            unbar(before)
+        else:
+            boost(self.pidfd)
+
+    def _answered(self, errno: int) -> None:
+        self.errno = errno
+        self.due = INFINITY
+        if errno in _PASSING:
+            self.due = monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _outcome(self, pid: int, exited: bool) -> Outcome:
+        # None: it obeyed, was given time to settle, or the release has not returned.
+        if self.errno is None:
             return "exited" if exited else "exiting"
         if exited and self.errno:
             return "exited"
@@ -422,8 +472,8 @@ class _Sequence:
                 return "alive"
         return outcome
 
-    def _freed(self, pid: int, exited: bool, released: bool) -> int | None:
-        left = 0 if exited else _proc.anonymous(pid)
+    def _freed(self, exited: bool, released: bool) -> int | None:
+        left = 0 if exited else _proc.anonymous(self.pidfd.pid)
         if left is None and released:
             left = 0
         # None: the victim has let go of its memory, and nobody can see how much of it
@@ -431,3 +481,17 @@ class _Sequence:
         if left is None or self.held is None:
             return None
         return max(0, self.held - left)
+
+
+def finish(sequences: Iterable[Sequence]) -> None:
+    """Run sequences to their ends: exit, memory back if that is enough, or deadline."""
+    left: list[Sequence] = [s for s in sequences if s.pending]
+    while left:
+        until = min(min(sequence.due, sequence.deadline) for sequence in left)
+        pidfds = [sequence.pidfd for sequence in left]
+        exited = poll_exited(pidfds, until - monotonic())
+        now = monotonic()
+        left = [sequence for sequence in left if sequence.pidfd not in exited]
+        for sequence in left:
+            sequence.step(now)
+        left = [s for s in left if s.pending and now < s.deadline]

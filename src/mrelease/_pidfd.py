@@ -26,6 +26,8 @@ _PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13; ioctl(2) encodes it alike everywhere
 _PIDFD_INFO_CGROUPID = 4
 _LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
 
+INFINITY = float("inf")
+
 
 class Pidfd:
     """An owned descriptor of one process: ``Pidfd.open(target)`` or ``Pidfd(fd)``.
@@ -78,7 +80,7 @@ class Pidfd:
                 self._pid = target._pid
                 self._fd = os.dup(target.fileno())
             else:
-                self._pid = _pid_of(target)
+                self._pid = pid_of(target)
                 self._fd = _open(self._pid, target)
             # Asked now, because the pid could have been reused until it was open.
             _check_not_reaped(self._pid, target)
@@ -128,7 +130,7 @@ class Pidfd:
         """
         remaining = seconds("timeout", timeout, optional=True)
         deadline = monotonic() + remaining
-        while not _poll(self.fileno(), min(remaining, _LONGEST_POLL)):
+        while not poll_exited([self], remaining):
             remaining = deadline - monotonic()
             if remaining <= 0:
                 return False
@@ -211,7 +213,7 @@ class Pidfd:
 def seconds(name: str, value: float | None, *, optional: bool = False) -> float:
     """Check a number of seconds; None, where it is allowed, means no limit."""
     if value is None and optional:
-        return float("inf")
+        return INFINITY
     # A str would convert as well, and is surely a mistake.
     if value is None or not (
         hasattr(value, "__float__") or hasattr(value, "__index__")
@@ -228,13 +230,18 @@ def seconds(name: str, value: float | None, *, optional: bool = False) -> float:
     return number
 
 
-def _poll(fd: int, timeout: float) -> bool:
+def poll_exited(pidfds: list[Pidfd], timeout: float) -> list[Pidfd]:
+    """Wait for an exit, at most timeout seconds and a day; return who has exited."""
     poller = poll()
-    poller.register(fd, POLLIN)
-    events = poller.poll(timeout * 1000)
-    if events and events[0][1] & POLLNVAL:
-        raise OSError(EBADF, "The descriptor was closed outside its Pidfd")
-    return bool(events)
+    by_fd = {pidfd.fileno(): pidfd for pidfd in pidfds}
+    for fd in by_fd:
+        poller.register(fd, POLLIN)
+    exited: list[Pidfd] = []
+    for fd, events in poller.poll(1000 * min(max(timeout, 0.0), _LONGEST_POLL)):
+        if events & POLLNVAL:
+            raise OSError(EBADF, "The descriptor was closed outside its Pidfd")
+        exited.append(by_fd[fd])
+    return exited
 
 
 def _open(pid: int, target: object) -> int:
@@ -251,7 +258,7 @@ def _open(pid: int, target: object) -> int:
     raise ProcessLookupError(ESRCH, f"No process has the pid {pid}")
 
 
-def _pid_of(target: object) -> int:
+def pid_of(target: object) -> int:
     pid: Any = getattr(target, "pid", target)
     if target is not None and pid is None:
         raise ValueError(f"{target!r} has not been started")

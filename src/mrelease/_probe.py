@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
-from warnings import catch_warnings, simplefilter
+from signal import SIGSYS
 
 from . import _proc
+from ._child import run
 from ._mrelease import process_mrelease
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
 
 
 def probe() -> dict[str, object]:
@@ -83,63 +82,16 @@ def ask(attempt: Callable[[], None], since: str = "0.0") -> bool | str:
 
 def _in_child(attempt: Callable[[], None]) -> int:
     """Run attempt in a forked child; return 0, its errno, or minus what killed it."""
-    # A signal handler that raises in the child would go on with the caller's program
-    # there; blocked, no signal reaches the child's one thread.
-    before = pthread_sigmask(SIG_BLOCK, [])
-    try:
-        pthread_sigmask(SIG_BLOCK, valid_signals())
-        return _fork_and_wait(attempt)
-    finally:
-        pthread_sigmask(SIG_SETMASK, before)
+    answer, killed = run(lambda: bytes([_errno_of(attempt)]))
+    return answer[0] if answer else -killed or errno.EIO
 
 
-def _fork_and_wait(attempt: Callable[[], None]) -> int:
-    reader, writer = os.pipe()
-    child = killed = 0
-    with open(reader, "rb", buffering=0) as pipe:
-        try:
-            try:
-                child = _fork()
-                if child == 0:
-                    _answer(attempt, writer)
-            finally:
-                os.close(writer)
-            answer = pipe.read(1)
-        finally:
-            if child:
-                killed = _reap(child)
-    return answer[0] if answer else -killed
-
-
-def _fork() -> int:
-    with catch_warnings():
-        # Of a threaded process's child, which may wait for a lock that another thread
-        # held. This one takes none.
-        simplefilter("ignore", DeprecationWarning)
-        return os.fork()
-
-
-def _reap(child: int) -> int:
-    """Wait for a child's end; return the signal that killed it."""
-    try:
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    except ChildProcessError:
-        # The application reaps every child itself. A filter is the likeliest reason.
-        return SIGSYS
-    return -status
-
-
-def _answer(attempt: Callable[[], None], writer: int) -> NoReturn:
-    """In the child: write the errno of attempt and exit, whatever happens."""
-    code = errno.EIO
+def _errno_of(attempt: Callable[[], None]) -> int:
     try:
         attempt()
-        code = 0
     except OSError as error:
-        code = error.errno or code
-    finally:
-        os.write(writer, bytes([code]))
-        os._exit(0)
+        return error.errno or errno.EIO
+    return 0
 
 
 def _cgroup_kill() -> bool | str:

@@ -79,6 +79,37 @@ def anonymous(pid: int) -> int | None:
     return None
 
 
+def parent(pid: int) -> int | None:
+    """The pid of a process's parent; None where it cannot be read."""
+    found = _process(pid)
+    return found and found[0]
+
+
+def started(pid: int) -> int | None:
+    """When a process started, in clock ticks after boot; None where it cannot be read.
+
+    With the pid it tells one process from another that got its pid later.
+    """
+    found = _process(pid)
+    return found and found[1]
+
+
+def processes() -> dict[int, tuple[int, int]]:
+    """The parent's pid and the start time of every process that can be seen."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return {pid: found for pid in pids if (found := _process(pid))}
+
+
+def stopped(pid: int) -> bool:
+    """Whether every thread is stopped, by a signal or a tracer, or has ended."""
+    return all(state in b"TtZX" for state in _states(pid))
+
+
+def stuck(pid: int) -> bool:
+    """Whether a thread is in uninterruptible sleep, state D, or frozen."""
+    return b"D" in _states(pid)
+
+
 def dying(pid: int) -> bool | None:
     """Whether every thread of a process is killed or exiting; None if none is seen."""
     tids = threads(pid)
@@ -105,6 +136,33 @@ def _thread_dying(task: str) -> bool:
     return bool(flags & (_PF_EXITING | _PF_SIGNALED) or pending & _SIGKILL_PENDING)
 
 
+def _process(pid: int) -> tuple[int, int] | None:
+    """A process's parent and start time."""
+    try:
+        if not is_ours():
+            return None
+        stat = _stat(f"/proc/{pid}")
+    except OSError:  # the module says why
+        return None
+    return int(stat[1]), int(stat[19])
+
+
+def _states(pid: int) -> list[bytes]:
+    """The letters of its threads' states; none where they cannot be read."""
+    states: list[bytes] = []
+    for tid in threads(pid):
+        try:
+            states.append(_stat(f"/proc/{pid}/task/{tid}")[0])
+        except OSError:  # the thread has ended, or the module says why
+            continue
+    return states
+
+
 def _flags(task: str) -> int:
+    return int(_stat(task)[6])
+
+
+def _stat(task: str) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third, the state, on."""
     # The name, in parentheses, may hold anything, parentheses too.
-    return int(read(f"{task}/stat").rpartition(b")")[2].split()[6])
+    return read(f"{task}/stat").rpartition(b")")[2].split()

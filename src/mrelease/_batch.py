@@ -1,0 +1,167 @@
+"""Kills that are begun one after the other and waited for together."""
+
+from __future__ import annotations
+
+import os
+from errno import EINVAL, EMFILE, ENFILE
+from time import monotonic
+
+from . import _proc
+from ._kill import KillResult, Options, Sequence, finish
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+    from typing import ParamSpec, Self, TypeVar
+
+    from ._kill import Outcome
+    from ._pidfd import Pidfd
+
+    _P = ParamSpec("_P")
+    _T = TypeVar("_T")
+
+NO_DESCRIPTOR = (EMFILE, ENFILE)
+_MOST = 1024
+
+
+class Batch:
+    """Kills with the same options, and a bounded number of descriptors open.
+
+    A context manager, which closes what it owns.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.begun: list[Sequence] = []
+        self.results: dict[Sequence, KillResult | OSError] = {}
+        self._owned: set[Sequence] = set()
+        self._queued: list[Sequence] = []
+        self._running: list[Sequence] = []
+        # Of each of these two, so that half of what may be open is left to the caller.
+        limit = os.sysconf("SC_OPEN_MAX")
+        self._most = min(max(1, limit // 4), _MOST) if limit > 0 else _MOST
+
+    def open(self, opener: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call what opens a process; when no descriptor is left, make room first."""
+        try:
+            return opener(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTOR or not self._owned:
+                raise
+        self.flush()
+        self._conclude(self._running)
+        self._running = []
+        return opener(*args, **kwargs)
+
+    def add(self, pidfd: Pidfd, *, own: bool = True) -> Sequence:
+        """Have a process killed by the next flush(); own: close the Pidfd after it."""
+        sequence = Sequence(pidfd, self.options)
+        self.begun.append(sequence)
+        self._queued.append(sequence)
+        if own:
+            self._owned.add(sequence)
+        if len(self._queued) >= self._most:
+            self.flush()
+        return sequence
+
+    def flush(self) -> None:
+        """Kill what was added: the largest first, each released before the next."""
+        queued, self._queued = self._queued, []
+        sizes = {s: s.weigh() for s in queued if self._try(s, s.check)}
+        # A stuck one might block its release; and it loses no race by waiting for it.
+        stuck = {s for s in sizes if _proc.stuck(s.pidfd.pid)}
+        for sequence in stuck:
+            self._try(sequence, sequence.send)
+        for sequence in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            if sequence in stuck or not self._try(sequence, sequence.kill):
+                continue
+            if not sequence.pending:
+                self._conclude([sequence])
+        self._running += [s for s in queued if s not in self.results]
+        self._conclude([s for s in self._running if not s.pending or s.pidfd.exited])
+        # The oldest have had the most time.
+        self._conclude(self._running[: -self._most])
+
+    def finish(self) -> None:
+        """Kill what was added, and wait until all is over."""
+        self.flush()
+        finish(self._running)
+        self._conclude(self._running)
+
+    def killed(self, sequences: Iterable[Sequence]) -> list[KillResult]:
+        """The results; for those that could not be killed, too."""
+        return [
+            _unkilled(sequence, result) if isinstance(result, OSError) else result
+            for sequence in sequences
+            for result in (self.results[sequence],)
+        ]
+
+    def _try(self, sequence: Sequence, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            self.results[sequence] = as_os_error(error)
+            self._close(sequence)
+            return False
+        return True
+
+    def _conclude(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.results[sequence] = sequence.result()
+            self._close(sequence)
+        self._running = [s for s in self._running if s not in self.results]
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence in self._owned:
+            self._owned.remove(sequence)
+            sequence.pidfd.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for sequence in self._owned:
+            sequence.pidfd.close()
+
+
+class Refused(OSError, ValueError):
+    """A ValueError that can stand among OSErrors."""
+
+
+def as_os_error(error: OSError | ValueError) -> OSError:
+    return error if isinstance(error, OSError) else Refused(EINVAL, str(error))
+
+
+def unopened(
+    pid: int,
+    options: Options,
+    outcome: Outcome,
+    *,
+    signal: int | None = None,
+    errno: int = 0,
+) -> KillResult:
+    """What became of a process that this one has not killed itself."""
+    return KillResult(
+        pid=pid,
+        outcome=outcome,
+        released=outcome == "exited",
+        exited=outcome == "exited",
+        signal=signal,
+        errno=errno,
+        attempts=0,
+        elapsed=monotonic() - options.start,
+        freed=None,
+    )
+
+
+def _unkilled(sequence: Sequence, error: OSError) -> KillResult:
+    pid = sequence.pidfd.pid
+    if isinstance(error, ProcessLookupError):
+        return unopened(pid, sequence.options, "exited")
+    return unopened(pid, sequence.options, "alive", errno=error.errno or 0)

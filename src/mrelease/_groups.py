@@ -1,0 +1,350 @@
+"""Many processes at once: a list of them, a cgroup, a tree."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from errno import EINTR, ENODEV, ENOSYS, EPERM
+from heapq import nlargest
+from marshal import dumps, loads
+
+from . import _cgroup, _child, _proc
+from ._batch import NO_DESCRIPTOR, Batch, as_os_error, unopened
+from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim
+from ._pidfd import Pidfd, pid_of
+from ._tree import Stops, Tree, is_descendant, open_known
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import TypeAlias, Unpack
+
+    from ._cgroup import Cgroup
+    from ._types import KillOptions, Target
+
+    _Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+_LARGEST = 64  # processes of a cgroup that are released before cgroup.kill
+_PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
+
+
+def kill_all(
+    targets: Iterable[Target], **options: Unpack[KillOptions]
+) -> list[KillResult | OSError]:
+    """Kill processes and free their memory: the largest first, one after the other.
+
+    Starved processes come back sooner so than all killed at once. The options are
+    kill()'s; the waiting, up to timeout seconds from a process's SIGKILL, is for all
+    of them together, after the last kill.
+
+    Returns one result a target, in order. One that cannot be opened or killed gives
+    its exception, and the rest are still killed; what kill() refuses with ValueError
+    gives one that is an OSError, too, with EINVAL. Raises TypeError for what is no
+    target, and what kill() raises for an option, before anything is killed.
+
+    Of more targets than half of RLIMIT_NOFILE some results may come early, with what
+    was known then. Linux 5.15 for the release, 5.3 for the kill. Thread-safe.
+    """
+    settings = Options(**options)
+    targets = list(targets)
+    for target in targets:
+        with suppress(ValueError):  # a result, in its turn
+            pid_of(target)
+    with Batch(settings) as batch:
+        begun = [_begin(target, batch) for target in targets]
+        batch.finish()
+    return [one if isinstance(one, OSError) else batch.results[one] for one in begun]
+
+
+def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
+    """Open the processes of a cgroup, v1 or v2: cgroup.procs as pidfds.
+
+    Each is proven to be a member, so none that got a member's pid can slip in: by the
+    cgroup id that the kernel tells of a pidfd (Linux 6.13, v2), else by a look into
+    /proc/PID/cgroup at a moment when it was surely alive. Each Pidfd is the caller's
+    to close; close them as you go, and a cgroup may have more processes than there are
+    descriptors. Those that join meanwhile may be missed. recursive: the cgroups below
+    it as well, as far as they are there.
+
+    Raises ValueError if the directory is no cgroup, FileNotFoundError and the like if
+    it cannot be read, OSError with EOPNOTSUPP for a threaded cgroup (cgroups(7)), each
+    with the path; and while iterating OSError with EMFILE when no descriptor is left.
+    Linux 5.3. An iterator is for one thread.
+    """
+    return _members(_cgroup.find(path), recursive)
+
+
+def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]:
+    """Kill all processes in a cgroup and below it, v1 or v2, and free their memory.
+
+    The largest are killed and released first, one after the other; then cgroup.kill
+    (v2, Linux 5.14) ends the rest, whatever it forks; then that is released. Where
+    cgroup.kill is missing or not permitted, processes are killed until none is left,
+    and those that fork meanwhile are stopped first.
+
+    The options are kill()'s, timeout as for kill_all(). Returns a result for each
+    process that was seen. One that had exited before it could be opened is "exited"
+    with 0 attempts; one that may not be signalled is "alive", its errno EPERM. With no
+    descriptor left cgroup.kill still kills, from a forked child, and nothing is
+    released: the results say "exiting", their errno is EMFILE or ENFILE.
+
+    Raises ValueError for the root cgroup, the caller's own and those above it, one
+    that holds pid 1, and what is no cgroup; FileNotFoundError and the like if it
+    cannot be read; PermissionError if none of its processes may be signalled: all with
+    the path, and with nothing killed. Linux 5.15 for the release. Thread-safe.
+    """
+    settings = Options(**options)
+    try:
+        cgroup = _cgroup.find(path)
+        pids = _check_cgroup(cgroup, os.getpid())
+        killer = cgroup.open_kill()
+    except OSError as error:
+        if error.errno not in NO_DESCRIPTOR:
+            raise
+        return _kill_in_child(os.fsdecode(path), settings, error)
+    try:
+        with Batch(settings) as batch:
+            if killer is None:
+                return _kill_one_by_one(cgroup, batch)
+            return _kill_by_file(cgroup, killer, pids, batch)
+    finally:
+        if killer is not None:
+            os.close(killer)
+
+
+def kill_tree(target: Target, **options: Unpack[KillOptions]) -> list[KillResult]:
+    """Kill a process and all its descendants, and free their memory.
+
+    Each is stopped (SIGSTOP) before its children are looked for, until no new one
+    appears, so that none can fork its way out; then the descendants are killed and
+    released, the largest first, and the process itself last. If that fails midway,
+    those that were stopped and not killed are continued.
+
+    The options are kill()'s, timeout as for kill_all(). Returns a result for each,
+    the process itself last. A descendant that may not be signalled is "alive", its
+    errno EPERM.
+
+    Children that had been re-parented before the call, because their parent had
+    exited, cannot be found; nor can those whose parent exits while it is looked for,
+    those that /proc hides (hidepid), and those that a process forks that cannot be
+    stopped in time because it is stuck in the kernel. A cgroup has no such gaps.
+
+    Raises as kill(), also ValueError if the caller is a descendant, and OSError with
+    ENOSYS without the /proc of its pid namespace; then nothing was killed. Linux 5.15
+    for the release, 5.3 for the kill. Thread-safe.
+    """
+    settings = Options(**options)
+    with Pidfd.open(target) as root, Stops() as stops, Batch(settings) as batch:
+        check_victim(root)
+        _check_tree(root.pid)
+        tree = Tree(root, stops)
+        gone = _kill_found(tree, batch)
+        last = batch.add(root, own=False)
+        batch.flush()
+        # The children of those that could not be stopped in time.
+        gone += _kill_found(tree, batch)
+        batch.finish()
+        for sequence in batch.begun:
+            stops.forget(sequence.pidfd.pid)
+        others = [sequence for sequence in batch.begun if sequence is not last]
+        return gone + batch.killed([*others, last])
+
+
+def _begin(target: Target, batch: Batch) -> Sequence | OSError:
+    try:
+        if isinstance(target, Pidfd):
+            return batch.add(target, own=False)
+        return batch.add(batch.open(Pidfd.open, target))
+    except (OSError, ValueError) as error:
+        return as_os_error(error)
+
+
+def _members(cgroup: Cgroup, recursive: bool) -> Iterator[Pidfd]:
+    for part in cgroup.walk() if recursive else [cgroup]:
+        for pid in part.pids():
+            if pidfd := part.open(pid):
+                yield pidfd
+
+
+def _check_cgroup(cgroup: Cgroup, caller: int) -> list[int]:
+    """Raise ValueError unless a cgroup may be killed; return the pids in it."""
+    if cgroup.is_root:
+        raise ValueError(f"refusing to kill {cgroup.path}: it is the root cgroup")
+    pids = [pid for part in cgroup.walk() for pid in part.pids()]
+    if caller in pids:
+        raise ValueError(f"refusing to kill {cgroup.path}: the caller is in it")
+    if 1 in pids:
+        raise ValueError(f"refusing to kill {cgroup.path}: pid 1 is in it")
+    return pids
+
+
+def _kill_by_file(
+    cgroup: Cgroup, killer: int, pids: list[int], batch: Batch
+) -> list[KillResult]:
+    """Release the largest, write to cgroup.kill, release the rest."""
+    sizes = {pid: _proc.anonymous(pid) or 0 for pid in pids}
+    largest = set(nlargest(_LARGEST, sizes, key=sizes.__getitem__))
+    _kill_members(cgroup, batch, largest.__contains__)
+    _write_kill(killer)
+    begun = {sequence.pidfd.pid for sequence in batch.begun}
+    lacking = _kill_members(cgroup, batch, lambda pid: pid not in begun)
+    batch.finish()
+    begun = {sequence.pidfd.pid for sequence in batch.begun}
+    return batch.killed(batch.begun) + _rest(
+        cgroup, batch.options, lacking, {*pids} - begun
+    )
+
+
+def _write_kill(killer: int) -> None:
+    try:
+        os.write(killer, b"1")
+    except OSError as error:
+        if error.errno != ENODEV:  # it has been removed, and so was empty
+            raise
+
+
+def _kill_members(cgroup: Cgroup, batch: Batch, wanted: Callable[[int], bool]) -> int:
+    """Kill members of a cgroup; return the errno if descriptors run out, else 0."""
+    lacking = 0
+    try:
+        for part in cgroup.walk():
+            for pid in filter(wanted, part.pids()):
+                if pidfd := batch.open(part.open, pid):
+                    batch.add(pidfd)
+    except OSError as error:
+        if error.errno not in NO_DESCRIPTOR:
+            raise
+        lacking = error.errno
+    batch.flush()
+    return lacking
+
+
+def _rest(
+    cgroup: Cgroup, options: Options, lacking: int, pids: set[int]
+) -> list[KillResult]:
+    """The results of those that cgroup.kill has killed, and nobody else."""
+    try:
+        left = {pid for part in cgroup.walk() for pid in part.pids()}
+    except OSError as error:
+        if error.errno not in NO_DESCRIPTOR:
+            raise
+        left = pids
+    return [
+        unopened(pid, options, "exiting", signal=SIGKILL, errno=lacking)
+        if pid in left
+        # Whoever is not listed any more has let go of its memory, and it is back.
+        else unopened(pid, options, "exited", signal=SIGKILL)
+        for pid in pids
+    ]
+
+
+def _kill_one_by_one(cgroup: Cgroup, batch: Batch) -> list[KillResult]:
+    """Kill until nobody is left who is not dying."""
+    with Stops() as stops:
+        while _kill_living(cgroup, batch):
+            # Whoever is left was forked meanwhile. If those who fork were killed one
+            # by one, others might fill their places in the meantime.
+            while _stop_living(cgroup, batch, stops):
+                pass
+        for sequence in batch.begun:
+            if sequence.signal == SIGKILL:
+                stops.forget(sequence.pidfd.pid)
+    batch.finish()
+    results = batch.killed(batch.begun)
+    if results and all(result.outcome == "alive" for result in results):
+        raise PermissionError(EPERM, os.strerror(EPERM), cgroup.path)
+    return results
+
+
+def _kill_living(cgroup: Cgroup, batch: Batch) -> int:
+    count = 0
+    for pidfd in _living(cgroup, batch):
+        batch.add(pidfd)
+        count += 1
+    batch.flush()
+    return count
+
+
+def _stop_living(cgroup: Cgroup, batch: Batch, stops: Stops) -> int:
+    count = 0
+    for pidfd in _living(cgroup, batch):
+        with pidfd:
+            count += stops.stop(pidfd)
+    return count
+
+
+def _living(cgroup: Cgroup, batch: Batch) -> Iterator[Pidfd]:
+    """The members that are not dying, but for those that may not be signalled."""
+    tried = {sequence.pidfd.pid for sequence in batch.begun}
+    refused = {
+        sequence.pidfd.pid
+        for sequence, result in batch.results.items()
+        if isinstance(result, OSError)
+    }
+    for part in cgroup.walk():
+        for pid in part.pids():
+            if pid in refused:
+                continue
+            pidfd = batch.open(part.open, pid)
+            if pidfd is None:
+                continue
+            dying = _proc.dying(pid)
+            if dying or (dying is None and pid in tried):
+                pidfd.close()
+            else:
+                yield pidfd
+
+
+def _kill_in_child(path: str, options: Options, lack: OSError) -> list[KillResult]:
+    """Write to cgroup.kill in a child, which can close its copies of descriptors."""
+    caller = os.getpid()
+
+    def kill() -> bytes:
+        try:
+            os.closerange(0, 256)
+            cgroup = _cgroup.find(path)
+            pids = _check_cgroup(cgroup, caller)
+            killer = cgroup.open_kill()
+            if killer is None:
+                raise lack
+            _write_kill(killer)
+        except ValueError as error:
+            return dumps((0, str(error), []))
+        except OSError as error:
+            return dumps((error.errno, error.strerror, []))
+        return dumps((0, "", pids))
+
+    answer, killed = _child.run(kill, _PIDS_ROOM)
+    if not answer:
+        raise OSError(EINTR, f"The child was killed by signal {killed}", path)
+    errno, message, pids = loads(answer)
+    if errno:
+        raise OSError(errno, message, path)
+    if message:
+        raise ValueError(message)
+    lacking = lack.errno or 0
+    return [
+        unopened(pid, options, "exiting", signal=SIGKILL, errno=lacking) for pid in pids
+    ]
+
+
+def _check_tree(pid: int) -> None:
+    """Raise, with nothing touched, unless a process's tree may be killed."""
+    if not _proc.is_ours():
+        what = "No /proc of this pid namespace, to find the children"
+        raise OSError(ENOSYS, what)
+    if is_descendant(os.getpid(), pid):
+        raise ValueError(f"refusing to kill the tree of {pid}: the caller is in it")
+
+
+def _kill_found(tree: Tree, batch: Batch) -> list[KillResult]:
+    """Kill descendants until no new one appears; return the results of the gone."""
+    gone: list[KillResult] = []
+    while fresh := tree.stop_all():
+        for pid, started in fresh:
+            try:
+                batch.add(batch.open(open_known, pid, started))
+            except (ProcessLookupError, ValueError):
+                gone.append(unopened(pid, batch.options, "exited"))
+        batch.flush()
+    return gone
