@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ._pidfd import Pidfd as Pidfd
     from ._probe import is_supported as is_supported
     from ._probe import probe as probe
+    from ._reaper import Reaper as Reaper
+    from ._sched import harden as harden
     from ._types import Target as Target
 
 __version__ = "0.1.0.dev0"
@@ -35,8 +37,10 @@ __all__ = [
     "PIDFD_THREAD",
     "KillResult",
     "Pidfd",
+    "Reaper",
     "Target",
     "cgroup_pidfds",
+    "harden",
     "is_supported",
     "kill",
     "kill_all",
@@ -57,8 +61,10 @@ __all__ = [
 _LAZY = {
     "KillResult": "_kill",
     "Pidfd": "_kill",
+    "Reaper": "_reaper",
     "Target": "_types",
     "cgroup_pidfds": "_groups",
+    "harden": "_sched",
     "is_supported": "_probe",
     "kill": "_kill",
     "kill_all": "_groups",

@@ -69,7 +69,7 @@ def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
     Raises ValueError if the directory is no cgroup, FileNotFoundError and the like if
     it cannot be read, OSError with EOPNOTSUPP for a threaded cgroup (cgroups(7)), each
     with the path; and while iterating OSError with EMFILE when no descriptor is left.
-    Linux 5.3. An iterator is for one thread.
+    Linux 5.3. Thread-safe, but for one iterator in two threads.
     """
     return _members(_cgroup.find(path), recursive)
 

@@ -267,14 +267,13 @@ def _kill(sequence: Sequence) -> KillResult:
 
 def _terminate(sequence: Sequence, grace: float, signal: int) -> KillResult:
     sequence.check()
-    sequence.ask(signal)
-    if not sequence.pidfd.wait(grace):
-        sequence.kill()
-        finish([sequence])
+    sequence.ask(signal, grace)
+    finish([sequence])
     return sequence.result()
 
 
 def _release(sequence: Sequence) -> KillResult:
+    sequence.deadline = sequence.options.start + sequence.options.timeout
     sequence.release()
     finish([sequence])
     return sequence.result()
@@ -313,9 +312,9 @@ class Options:
 class Sequence:
     """The kill of one process: what has happened so far, and what is due next.
 
-    Whoever runs it sends the signal, by kill() or send(), calls step() whenever a
-    release is due, and stops when the process has exited, the deadline has passed or
-    nothing is pending. finish() does that for any number of them.
+    Whoever runs it begins by kill(), send(), ask() or release(), calls act() when that
+    is due, and stops when the process has exited, the deadline has passed or nothing is
+    pending. finish() does that for any number of them. Times are monotonic()'s.
     """
 
     __slots__ = (
@@ -328,6 +327,7 @@ class Sequence:
         "options",
         "pidfd",
         "signal",
+        "to_kill",
     )
 
     def __init__(self, pidfd: Pidfd, options: Options) -> None:
@@ -337,8 +337,9 @@ class Sequence:
         self.signal: int | None = None
         self.errno: int | None = None  # the last release's; None before the first
         self.attempts = 0
-        self.due = INFINITY  # when a release may do something, on monotonic()'s clock
-        self.deadline = options.start + options.timeout
+        self.to_kill = True  # SIGKILL is still to be sent
+        self.due = options.start
+        self.deadline = INFINITY  # not before SIGKILL has been sent
         self._pause = _FIRST_PAUSE
 
     def check(self) -> None:
@@ -352,16 +353,25 @@ class Sequence:
         self.held = _proc.anonymous(self.pidfd.pid)
         return self.held or 0
 
-    def ask(self, signal: int) -> None:
-        """Send a signal that may make it end by itself."""
-        self.pidfd.send_signal(signal)
-        self.signal = signal
+    def ask(self, signal: int, grace: float) -> None:
+        """Send a signal that may make it end by itself; the kill is due after grace."""
+        self._send(signal)
+        self.due = monotonic() + grace
+
+    def act(self) -> None:
+        """Do what is due: kill, or release once more."""
+        if self.to_kill:
+            self.kill()
+        else:
+            self.release()
 
     def kill(self) -> None:
         """Send SIGKILL and release, or let it settle first if that was asked for."""
         if self.options.settle:
             self.send()
             return
+        self.to_kill = False
+        self.due = INFINITY
         self.deadline = monotonic() + self.options.timeout
         try:
             self._kill_and_release()
@@ -372,9 +382,11 @@ class Sequence:
     def send(self) -> None:
         """Send SIGKILL alone, hurry it through its exit, and make the release due."""
         now = monotonic()
+        self.to_kill = False
+        self.due = INFINITY
         self.deadline = now + self.options.timeout
         try:
-            self.ask(SIGKILL)
+            self._send(SIGKILL)
         except ProcessLookupError:
             if not self.pidfd.exited:
                 raise
@@ -385,12 +397,9 @@ class Sequence:
         if self.options.boost:
             self._boost({})
 
-    def step(self, now: float) -> None:
-        """Release, if that is due."""
-        if self.due <= min(now, self.deadline):
-            self.release()
-
     def release(self) -> None:
+        """Release, without a signal."""
+        self.to_kill = False
         self.attempts += 1
         try:
             process_mrelease(self.pidfd.fileno())
@@ -423,20 +432,28 @@ class Sequence:
             freed=self._freed(exited, released) if self.options.measure else None,
         )
 
+    def _send(self, signal: int) -> None:
+        self.pidfd.send_signal(signal)
+        self.signal = signal
+
     def _kill_and_release(self) -> None:
         # A victim that wakes up on this CPU starts its own exit before the release
         # does. Its priority is not touched yet: it might starve the caller.
         before: dict[int, set[int]] = {}
+        last = self.signal
         try:
             if self.options.boost:
                 bar(self.pidfd, before)
+            # Ahead, for whoever looks at it while the release is blocked.
+            self.signal = SIGKILL
+            self.attempts = 1
             errno = kill_and_release(self.pidfd.fileno())
         except BaseException:
+            self.signal = last
+            self.attempts = 0
             if not self.pidfd.exited:  # else its threads' ids may be others' by now
                 unbar(before)
             raise
-        self.signal = SIGKILL
-        self.attempts += 1
         self._answered(errno)
         if self.options.boost:
             self._boost(before)
@@ -493,5 +510,6 @@ def finish(sequences: Iterable[Sequence]) -> None:
         now = monotonic()
         left = [sequence for sequence in left if sequence.pidfd not in exited]
         for sequence in left:
-            sequence.step(now)
+            if sequence.due <= min(now, sequence.deadline):
+                sequence.act()
         left = [s for s in left if s.pending and now < s.deadline]

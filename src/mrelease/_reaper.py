@@ -1,0 +1,392 @@
+"""Kills in the background, by threads with a priority and CPUs of their own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections import deque
+from concurrent.futures import Future
+from operator import index
+from queue import SimpleQueue
+from select import POLLIN, poll
+from threading import Condition, Thread, current_thread, get_native_id
+from time import monotonic
+
+from ._kill import SIGKILL, KillResult, Options, Sequence
+from ._pidfd import INFINITY, LONGEST_POLL, Pidfd
+from ._sched import check_nice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    from ._types import KillOptions, Target
+
+
+_PATIENCE = 0.1  # seconds between looks at what no thread tells of
+
+
+class Reaper:
+    """Worker threads that kill in the background, so that no caller is ever stuck.
+
+    A release takes as long as the memory is large, and without a bound while the victim
+    is stuck in the kernel; here it takes a worker's time. With every worker busy the
+    SIGKILL is sent at once by the calling thread, and the release follows when one is
+    free: a kill never queues.
+
+    workers: how many releases may run at once. nice and cpus: the priority (-20 to 19)
+    and the CPUs of its threads; None: those of the thread that makes it. One more
+    thread watches for exits and deadlines.
+
+    Raises OSError if nice or cpus are refused (CAP_SYS_NICE for a lower nice), and
+    RuntimeError where no thread can be started, such as in a subinterpreter without
+    daemon threads. Use it as a context manager, which closes it. Thread-safe. After a
+    fork it can be closed in the child, and no more: make another there.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        nice: int | None = None,
+        cpus: Iterable[int] | None = None,
+    ) -> None:
+        self._pool = Pool(workers, nice, None if cpus is None else set(cpus))
+
+    def kill(
+        self, target: Target, **options: Unpack[KillOptions]
+    ) -> Future[KillResult]:
+        """Kill a process and free its memory in the background: see mrelease.kill().
+
+        Returns a future. It has its result when the memory is known to be back, with
+        wait=True when the process has exited, and at the latest after timeout seconds,
+        even if the release is still blocked. Cancelling it gives up the result, not the
+        kill. Its callbacks run in a thread of the Reaper: they should be quick.
+
+        Raises at once as kill() for a target or an option that is refused, and
+        RuntimeError if the Reaper is closed, or from before a fork. Thread-safe.
+        """
+        settings = Options(**options)
+        pidfd = Pidfd.open(target)
+        try:
+            sequence = Sequence(pidfd, settings)
+            sequence.check()
+            return self._pool.start(sequence)
+        except BaseException:
+            pidfd.close()
+            raise
+
+    def close(self, wait: bool = True) -> None:
+        """Take no more kills; those that were begun go on to their results.
+
+        wait: until all have theirs, and the threads have ended, but for one whose
+        release is blocked beyond its timeout: that ends when the kernel lets it.
+        A second call may wait for what the first did not. Thread-safe.
+        """
+        self._pool.close(wait)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Task:
+    """One kill of a pool, whose lock guards it."""
+
+    __slots__ = ("future", "queued", "running", "sequence", "settled")
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.future: Future[KillResult] = Future()
+        self.queued = False  # for a worker
+        self.running = False  # in a worker
+        self.settled = False  # the future has been given up, or gets its result
+
+    def due(self) -> float:
+        """When the watcher has to look at it again, if it has not exited by then."""
+        deadline = INFINITY if self.settled else self.sequence.deadline
+        if self.queued or self.running:
+            return deadline
+        return min(deadline, self.sequence.due)
+
+
+class Pool:
+    """The threads of a Reaper: workers, which may block, and one that watches."""
+
+    def __init__(
+        self, workers: int, nice: int | None = None, cpus: set[int] | None = None
+    ) -> None:
+        if index(workers) < 1:
+            raise ValueError(f"a Reaper needs one worker or more, not {workers}")
+        if nice is not None:
+            check_nice(nice)
+        self.pid = os.getpid()
+        self._lock = Condition()  # for all below
+        self._queue: deque[_Task] = deque()
+        self._tasks: set[_Task] = set()
+        self._idle = 0  # workers
+        self._closing = False
+        self._threads: set[Thread] = set()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            for run in (self._watch, *[self._work] * workers):
+                self._start_thread(run, nice, cpus)
+        except BaseException:
+            self.close(wait=True)
+            raise
+        atexit.register(self._send_unsent)
+
+    def start(self, sequence: Sequence) -> Future[KillResult]:
+        """Go on with a kill; unless this raises, its Pidfd is the pool's to close."""
+        if self.pid != os.getpid():
+            raise RuntimeError(
+                f"this Reaper's threads are in process {self.pid}, which made it: "
+                "after a fork the child has to make its own"
+            )
+        task = _Task(sequence)
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("the Reaper is closed")
+            self._begin_if_due(task, monotonic())
+            self._tasks.add(task)
+            self._wake()
+        task.future.add_done_callback(self._look_if_cancelled)
+        return task.future
+
+    def close(self, wait: bool) -> None:
+        if self.pid != os.getpid():
+            # No thread of it is in this process, and none will ever give up the lock.
+            for task in self._tasks:
+                task.sequence.pidfd.close()
+            self._close_wakeup()
+            return
+        with self._lock:
+            threads = self._threads - {current_thread()}
+            self._closing = True
+            self._wake()
+            while wait and self._is_worth_waiting():
+                self._lock.wait(_PATIENCE)
+            ended = threads - self._threads
+            if not self._threads:
+                self._close_wakeup()
+        if wait:
+            atexit.unregister(self._send_unsent)
+            for thread in ended:
+                thread.join()
+
+    def _start_thread(
+        self, run: Callable[[], None], nice: int | None, cpus: set[int] | None
+    ) -> None:
+        ready: SimpleQueue[Exception | None] = SimpleQueue()
+
+        def begin() -> None:
+            try:
+                _schedule(nice, cpus)
+            except Exception as error:  # raised again below
+                ready.put(error)
+            else:
+                ready.put(None)
+                run()
+            finally:
+                self._leave()
+
+        # A daemon, so that no release that is blocked holds up the interpreter's exit.
+        thread = Thread(target=begin, name="mrelease", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except BaseException:
+                self._threads.remove(thread)
+                raise
+        if error := ready.get():
+            raise error
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._threads.remove(current_thread())
+            if not self._threads:
+                self._close_wakeup()
+            self._lock.notify_all()
+
+    def _work(self) -> None:
+        while task := self._next_task():
+            sequence = task.sequence
+            result: KillResult | Exception | None = None
+            try:
+                sequence.act()
+            except Exception as error:
+                result = error
+            with self._lock:
+                task.running = False
+                if not task.settled and (result or not sequence.pending):
+                    result = result or sequence.result()
+                    task.settled = True
+                else:
+                    result = None
+                if task.settled:
+                    self._retire(task)
+                self._wake()
+            if result:
+                _tell(task.future, result)
+
+    def _next_task(self) -> _Task | None:
+        """Wait for something to do; None when there will be nothing more."""
+        with self._lock:
+            self._idle += 1
+            while not self._queue and not self._is_over():
+                self._lock.wait()
+            self._idle -= 1
+            if not self._queue:
+                return None
+            task = self._queue.popleft()
+            task.queued = False
+            task.running = True
+            return task
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                # Of those that are blocked beyond their deadlines the workers see.
+                tasks = {
+                    task.sequence.pidfd.fileno(): task
+                    for task in self._tasks
+                    if not (task.settled and task.running)
+                }
+                if not tasks and self._closing:
+                    return
+                until = min((task.due() for task in tasks.values()), default=INFINITY)
+                wakeup = self._wakeup
+            exited = _poll(tasks, wakeup, until - monotonic())
+            results: list[tuple[Future[KillResult], KillResult | Exception]] = []
+            with self._lock:
+                now = monotonic()
+                for fd, task in tasks.items():
+                    if task in self._tasks:
+                        self._look(task, fd in exited, now, results)
+                self._lock.notify_all()
+            for future, result in results:
+                _tell(future, result)
+
+    def _look(
+        self,
+        task: _Task,
+        exited: bool,
+        now: float,
+        results: list[tuple[Future[KillResult], KillResult | Exception]],
+    ) -> None:
+        """Settle a task if its time has come, and find out what is to be done."""
+        sequence = task.sequence
+        if not task.settled and (exited or now >= sequence.deadline):
+            results.append((task.future, sequence.result()))
+            task.settled = True
+        elif task.future.cancelled():
+            task.settled = True
+        if task.running:
+            return
+        # A kill that is not due yet comes, whether or not anybody waits for it.
+        if exited or (task.settled and not task.queued and not sequence.to_kill):
+            self._retire(task)
+        elif not task.queued:
+            try:
+                self._begin_if_due(task, now)
+            except OSError as error:
+                results.append((task.future, error))
+                task.settled = True
+                self._retire(task)
+
+    def _begin_if_due(self, task: _Task, now: float) -> None:
+        """Hand a task to the workers; if none is free, kill here, without a release."""
+        sequence = task.sequence
+        if sequence.due > now:
+            return
+        if sequence.to_kill and self._idle <= len(self._queue):
+            sequence.send()
+            if sequence.due > monotonic():
+                return
+        task.queued = True
+        self._queue.append(task)
+        self._lock.notify_all()
+
+    def _retire(self, task: _Task) -> None:
+        if task.queued:
+            self._queue.remove(task)
+        self._tasks.remove(task)
+        task.sequence.pidfd.close()
+
+    def _is_over(self) -> bool:
+        return self._closing and all(task.settled for task in self._tasks)
+
+    def _is_worth_waiting(self) -> bool:
+        """Whether close() has a result or a thread to wait for."""
+        if any(not task.settled for task in self._tasks):
+            return True
+        now = monotonic()
+        if any(task.running and now >= task.sequence.deadline for task in self._tasks):
+            return False
+        return bool(self._threads - {current_thread()})
+
+    def _look_if_cancelled(self, future: Future[KillResult]) -> None:
+        if future.cancelled():
+            with self._lock:
+                self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup >= 0:
+            os.eventfd_write(self._wakeup, 1)
+        self._lock.notify_all()
+
+    def _close_wakeup(self) -> None:
+        wakeup, self._wakeup = self._wakeup, -1
+        if wakeup >= 0:
+            os.close(wakeup)
+
+    def _send_unsent(self) -> None:
+        """At the interpreter's exit: no kill is lost with the threads."""
+        with self._lock:
+            for task in self._tasks:
+                if task.sequence.signal is None:
+                    try:
+                        task.sequence.pidfd.send_signal(SIGKILL)
+                    except OSError:  # gone meanwhile, and nobody to tell
+                        continue
+
+
+def _schedule(nice: int | None, cpus: set[int] | None) -> None:
+    """Give the calling thread a priority and CPUs."""
+    if nice is not None:
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), nice)
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
+
+
+def _poll(fds: Iterable[int], wakeup: int, timeout: float) -> set[int]:
+    """Wait until one of these is readable or is woken up; return the readable ones."""
+    poller = poll()
+    poller.register(wakeup, POLLIN)
+    for fd in fds:
+        poller.register(fd, POLLIN)
+    events = poller.poll(1000 * min(max(timeout, 0.0), LONGEST_POLL))
+    readable = {fd for fd, _ in events}
+    if wakeup in readable:
+        os.eventfd_read(wakeup)
+    return readable
+
+
+def _tell(future: Future[KillResult], result: KillResult | Exception) -> None:
+    """Give a future its result, unless it has been cancelled."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
