@@ -37,8 +37,8 @@ def harden(
     which it was refused: CAP_IPC_LOCK, CAP_SYS_NICE and CAP_SYS_RESOURCE allow all of
     it. Raises ValueError for a number out of range. Children inherit nice and
     oom_score_adj, but no locks. Call it once all is imported that is used later, and
-    before other threads are started: their stacks, 8 MiB each, would be brought in. Linux 4.4. Thread-safe. See mlockall(2) and
-    proc_pid_oom_score_adj(5).
+    before other threads are started: their stacks, 8 MiB each, would be brought in.
+    Linux 4.4. Thread-safe. See mlockall(2) and proc_pid_oom_score_adj(5).
     """
     steps: dict[str, Callable[[], None]] = {}
     if mlock:
