@@ -145,6 +145,7 @@ def unopened(
     *,
     signal: int | None = None,
     errno: int = 0,
+    freed: int | None = None,
 ) -> KillResult:
     """What became of a process that this one has not killed itself."""
     return KillResult(
@@ -156,7 +157,7 @@ def unopened(
         errno=errno,
         attempts=0,
         elapsed=monotonic() - options.start,
-        freed=None,
+        freed=freed,
     )
 
 

@@ -150,6 +150,21 @@ def kill_tree(target: Target, **options: Unpack[KillOptions]) -> list[KillResult
         return gone + batch.killed([*others, last])
 
 
+def cgroup_members(path: _Path) -> list[int]:
+    """The pids that kill_cgroup() would kill now; raises as it does."""
+    return _check_cgroup(_cgroup.find(path), os.getpid())
+
+
+def tree_members(root: Pidfd) -> dict[int, int]:
+    """The pids, with start times, of the descendants that kill_tree() would kill now.
+
+    Raises as it does.
+    """
+    check_victim(root)
+    _check_tree(root.pid)
+    return dict(Tree(root).look())
+
+
 def _begin(target: Target, batch: Batch) -> Sequence | OSError:
     try:
         if isinstance(target, Pidfd):
@@ -340,7 +355,7 @@ def _check_tree(pid: int) -> None:
 def _kill_found(tree: Tree, batch: Batch) -> list[KillResult]:
     """Kill descendants until no new one appears; return the results of the gone."""
     gone: list[KillResult] = []
-    while fresh := tree.stop_all():
+    while fresh := tree.look_until_none():
         for pid, started in fresh:
             try:
                 batch.add(batch.open(open_known, pid, started))

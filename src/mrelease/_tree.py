@@ -60,26 +60,28 @@ class Stops:
 
 
 class Tree:
-    """The descendants of a process, as they are found. Needs the /proc of here."""
+    """The descendants of a process, as they are found: pids with start times.
 
-    def __init__(self, root: Pidfd, stops: Stops) -> None:
+    With stops, each is stopped. Needs the /proc of this pid namespace.
+    """
+
+    def __init__(self, root: Pidfd, stops: Stops | None = None) -> None:
         self._stops = stops
         self._found = {root.pid: _proc.started(root.pid)}
         self._running = [root.pid]  # told to stop, and perhaps not there yet
-        stops.stop(root)
+        if stops:
+            stops.stop(root)
 
-    def stop_all(self) -> list[tuple[int, int]]:
-        """Stop all; return pid and start time of those not returned before.
-
-        When it returns an empty list, there was no other one at that moment.
-        """
-        fresh: list[tuple[int, int]] = []
+    def look_until_none(self) -> list[tuple[int, int]]:
+        """Look, again and again, until there is nobody new; return who was."""
+        found: list[tuple[int, int]] = []
         while True:
             self._await_stopped()
-            self._running = self._sweep()
-            if not self._running:
-                return fresh
-            fresh += [(pid, self._found[pid] or 0) for pid in self._running]
+            fresh = self.look()
+            if not fresh:
+                return found
+            found += fresh
+            self._running = [pid for pid, _ in fresh]
 
     def _await_stopped(self) -> None:
         end = monotonic() + _STOP_PATIENCE
@@ -87,23 +89,23 @@ class Tree:
             sleep(_STOP_PAUSE)
             self._running = [pid for pid in self._running if not _proc.stopped(pid)]
 
-    def _sweep(self) -> list[int]:
-        """Look once for children not known, and stop them."""
+    def look(self) -> list[tuple[int, int]]:
+        """Look once for descendants that are not known; stop and return them."""
         children: dict[int, list[tuple[int, int]]] = {}
         for pid, (parent, started) in _proc.processes().items():
             children.setdefault(parent, []).append((pid, started))
-        fresh: list[int] = []
+        fresh: list[tuple[int, int]] = []
         parents = list(self._found)
         for parent in parents:  # which grows meanwhile
             for pid, started in children.get(parent, ()):
                 known = self._found.get(pid) == started
                 if not known and self._take(pid, started, parent):
                     parents.append(pid)
-                    fresh.append(pid)
+                    fresh.append((pid, started))
         return fresh
 
     def _take(self, pid: int, started: int, parent: int) -> bool:
-        """Stop a process if it is a child of one that is known."""
+        """Take note of a process, and stop it, if its parent is one that is known."""
 
         def is_child(pid: int) -> bool:
             # In this order: the parent's pid was the parent's when the child named it.
@@ -117,7 +119,8 @@ class Tree:
         try:
             with Pidfd.open(pid, verify=is_child) as pidfd:
                 self._found[pid] = started
-                self._stops.stop(pidfd)
+                if self._stops:
+                    self._stops.stop(pidfd)
         except (ProcessLookupError, ValueError):  # gone; or the pid is a thread's now
             return False
         return True
