@@ -6,14 +6,14 @@ The answer comes back through shared memory, so that no descriptor is needed.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from mmap import mmap
 from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
 from warnings import catch_warnings, simplefilter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import NoReturn
+    from collections.abc import Callable, Generator
 
 _HEADER = 8  # bytes that hold the length of the answer
 
@@ -24,41 +24,45 @@ def run(work: Callable[[], bytes], room: int = 4096) -> tuple[bytes, int]:
     The answer, of at most room bytes, is empty if there was none.
     """
     with mmap(-1, _HEADER + room) as area:
-        killed = _fork_and_reap(work, area)
+
+        def answer() -> None:
+            found = work()
+            area[_HEADER : _HEADER + len(found)] = found
+            area[:_HEADER] = len(found).to_bytes(_HEADER, "little")
+
+        with signals_blocked():
+            killed = _reap(fork(answer))
         length = int.from_bytes(area[:_HEADER], "little")
         return area[_HEADER : _HEADER + length], killed
 
 
-def _fork_and_reap(work: Callable[[], bytes], area: mmap) -> int:
-    # A signal handler that raises in the child would go on with the caller's program
-    # there; blocked, no signal reaches the child's one thread.
-    before = pthread_sigmask(SIG_BLOCK, [])
-    try:
-        pthread_sigmask(SIG_BLOCK, valid_signals())
-        child = _fork()
-        if child == 0:
-            _answer(work, area)
-        return _reap(child)
-    finally:
-        pthread_sigmask(SIG_SETMASK, before)
-
-
-def _fork() -> int:
+def fork(work: Callable[[], None]) -> int:
+    """Do work in a child, which then exits; return its pid. Have signals blocked."""
     with catch_warnings():
         # Of a threaded process's child, which may wait for a lock that another thread
         # held. This one takes none.
         simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
 
 
-def _answer(work: Callable[[], bytes], area: mmap) -> NoReturn:
-    """In the child: do the work and exit, whatever happens."""
+@contextmanager
+def signals_blocked() -> Generator[None]:
+    """Block all signals, for a child and until its pid is known.
+
+    A handler that raises in the child would go on with the caller's program there.
+    """
+    before = pthread_sigmask(SIG_BLOCK, [])
     try:
-        answer = work()
-        area[_HEADER : _HEADER + len(answer)] = answer
-        area[:_HEADER] = len(answer).to_bytes(_HEADER, "little")
+        pthread_sigmask(SIG_BLOCK, valid_signals())
+        yield
     finally:
-        os._exit(0)
+        pthread_sigmask(SIG_SETMASK, before)
 
 
 def _reap(child: int) -> int:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _STATUS = (
     "Exit status: 0 all released or gone, 1 some not in time, 2 usage, 3 no such "
-    "process, 4 not permitted, 5 not supported, 130 interrupted; of several targets "
-    "the highest counts."
+    "process or cgroup, 4 not permitted, 5 not supported, 130 interrupted; of several "
+    "targets the highest counts."
 )
 
 

@@ -12,7 +12,8 @@ from . import _cgroup, _child, _proc
 from ._batch import NO_DESCRIPTOR, Batch, as_os_error, unopened
 from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim
 from ._pidfd import Pidfd, pid_of
-from ._tree import Stops, Tree, is_descendant, open_known
+from ._stops import Stops, open_known
+from ._tree import Tree, is_descendant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from ._output import (
     status_of_error,
 )
 from ._pidfd import Pidfd
-from ._tree import open_known
+from ._stops import open_known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -81,9 +81,9 @@ def message(error: Exception) -> str:
 
 
 def status_of_error(error: Exception) -> int:
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, NotADirectoryError)):
         return USAGE
-    if isinstance(error, ProcessLookupError):
+    if isinstance(error, (ProcessLookupError, FileNotFoundError)):
         return NO_PROCESS
     if isinstance(error, PermissionError):
         return NOT_PERMITTED

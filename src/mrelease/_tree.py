@@ -1,9 +1,8 @@
-"""A process and its descendants, stopped so that none can fork its way out."""
+"""A process and its descendants, found while they may fork."""
 
 from __future__ import annotations
 
 import os
-from signal import SIGCONT, SIGSTOP
 from time import monotonic, sleep
 
 from . import _proc
@@ -11,52 +10,10 @@ from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
+    from ._stops import Stops
 
 _STOP_PATIENCE = 0.1  # seconds; who is starved or stuck in the kernel needs longer
 _STOP_PAUSE = 0.001
-
-
-class Stops:
-    """Processes that were stopped: a context manager, which lets them go on."""
-
-    def __init__(self) -> None:
-        self._started: dict[int, int] = {}
-
-    def stop(self, pidfd: Pidfd) -> bool:
-        """Stop a process; say whether that was needed and allowed."""
-        pid = pidfd.pid
-        started = _proc.started(pid)
-        if started is None or self._started.get(pid) == started or _proc.stopped(pid):
-            return False
-        self._started[pid] = started  # ahead: an exception may come at any moment
-        try:
-            pidfd.send_signal(SIGSTOP)
-        except (PermissionError, ProcessLookupError):
-            self.forget(pid)
-            return False
-        return True
-
-    def forget(self, pid: int) -> None:
-        """Leave a process as it is: it has been killed."""
-        self._started.pop(pid, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for pid, started in self._started.items():
-            try:
-                with open_known(pid, started) as pidfd:
-                    pidfd.send_signal(SIGCONT)
-            except (OSError, ValueError):  # it has gone
-                continue
 
 
 class Tree:
@@ -124,11 +81,6 @@ class Tree:
         except (ProcessLookupError, ValueError):  # gone; or the pid is a thread's now
             return False
         return True
-
-
-def open_known(pid: int, started: int) -> Pidfd:
-    """Open a process that is known by its pid and start time."""
-    return Pidfd.open(pid, verify=lambda pid: _proc.started(pid) == started)
 
 
 def is_descendant(pid: int, ancestor: int) -> bool:

@@ -1,0 +1,139 @@
+"""Processes that are stopped for a while, and surely go on, if they are not killed."""
+
+from __future__ import annotations
+
+import os
+from mmap import mmap
+from signal import SIGCONT, SIGKILL, SIGSTOP
+from struct import Struct
+
+from . import _proc
+from ._child import fork, signals_blocked
+from ._pidfd import Pidfd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_COUNT = Struct("=q")
+_ENTRY = Struct("=qq")  # pid, start time
+_ROOM = 1 << 16  # entries; more than can be stopped before they are killed
+
+
+class Stops:
+    """A context manager, at whose end the processes that it stopped go on.
+
+    Should the caller be killed before that, a forked child lets them go on. Where none
+    can be had, for want of processes, memory or descriptors, they would stay stopped.
+    """
+
+    def __init__(self) -> None:
+        self._started: dict[int, int] = {}
+        self._guard: Pidfd | None = None
+        self._list: mmap | None = None  # what the guard sees: their number, entries
+
+    def stop(self, pidfd: Pidfd) -> bool:
+        """Stop a process; say whether that was needed and allowed."""
+        pid = pidfd.pid
+        started = _proc.started(pid)
+        if started is None or self._started.get(pid) == started or _proc.stopped(pid):
+            return False
+        self._note(pid, started)  # ahead: an exception may come at any moment
+        try:
+            pidfd.send_signal(SIGSTOP)
+        except (PermissionError, ProcessLookupError):
+            self.forget(pid)
+            return False
+        return True
+
+    def forget(self, pid: int) -> None:
+        """Leave a process as it is: it has been killed."""
+        self._started.pop(pid, None)
+
+    def _note(self, pid: int, started: int) -> None:
+        if not self._started:
+            self._start_guard()
+        self._started[pid] = started
+        if self._list is not None:
+            (count,) = _COUNT.unpack_from(self._list)
+            if count < _ROOM:
+                offset = _COUNT.size + count * _ENTRY.size
+                _ENTRY.pack_into(self._list, offset, pid, started)
+                _COUNT.pack_into(self._list, 0, count + 1)
+
+    def _start_guard(self) -> None:
+        caller = os.getpid()
+        try:
+            shared = self._list = mmap(-1, _COUNT.size + _ROOM * _ENTRY.size)
+            with signals_blocked():
+                pid = fork(lambda: _guard(caller, shared))
+                try:
+                    self._guard = Pidfd.open(pid)
+                except OSError:
+                    os.kill(pid, SIGKILL)  # nobody but this has reaped it so far
+                    os.waitpid(pid, 0)
+        except (OSError, RuntimeError):  # the class says why
+            return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            for pid, started in self._started.items():
+                _let_go_on(pid, started)
+        finally:
+            if self._guard:
+                _end(self._guard)
+
+
+def open_known(pid: int, started: int) -> Pidfd:
+    """Open a process that is known by its pid and start time."""
+    return Pidfd.open(pid, verify=lambda pid: _proc.started(pid) == started)
+
+
+def _let_go_on(pid: int, started: int) -> None:
+    try:
+        with open_known(pid, started) as pidfd:
+            pidfd.send_signal(SIGCONT)
+    except (OSError, ValueError):  # it has gone, or its pid is a thread's now
+        pass
+
+
+def _end(guard: Pidfd) -> None:
+    with guard:
+        try:
+            guard.send_signal(SIGKILL)
+            os.waitpid(guard.pid, 0)
+        except (ChildProcessError, ProcessLookupError):
+            pass  # the application has reaped it
+
+
+def _guard(caller: int, shared: mmap) -> None:
+    """In the child: wait for the caller's end, and let go on whom it had stopped."""
+    _close_all()
+    try:
+        with Pidfd.open(caller) as pidfd:
+            if os.getppid() == caller:
+                pidfd.wait()
+    except ProcessLookupError:
+        pass  # its end has come
+    (count,) = _COUNT.unpack_from(shared)
+    for index in range(count):
+        _let_go_on(*_ENTRY.unpack_from(shared, _COUNT.size + index * _ENTRY.size))
+
+
+def _close_all() -> None:
+    """Close every descriptor: somebody may wait for the end of a pipe."""
+    os.closerange(0, 256)  # and so have one for the directory
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.close(int(name))
+        except OSError:  # that of the directory
+            continue
