@@ -1,0 +1,1 @@
+"""The tests on kernels, interpreters and architectures that this machine is not."""

@@ -1,0 +1,120 @@
+"""The command: runs the cells it is given, one line each, and writes the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from matrix import kernels, project
+from matrix.base import CACHE, Failure, Job, Skip, job
+
+HERE = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Cell:
+    run: Callable[[Job], None]
+    about: str
+    minutes: int  # on two cores without KVM, everything fetched
+
+
+CELLS = {
+    # Has no process_mrelease(2).
+    "kernel-5.10": Cell(
+        partial(kernels.run, suite="bullseye", release="5.10", releases=False),
+        "the suite as root and as nobody on Linux 5.10",
+        5,
+    ),
+    "kernel-6.1": Cell(
+        partial(kernels.run, suite="bookworm", release="6.1"),
+        "the suite as root and as nobody on Linux 6.1",
+        12,
+    ),
+    "kernel-6.12": Cell(
+        partial(kernels.run, suite="trixie", release="6.12"),
+        "the suite as root and as nobody on Linux 6.12",
+        12,
+    ),
+    "kernel-6.18": Cell(
+        partial(kernels.run, suite="trixie-backports", release="6.18"),
+        "the suite as root and as nobody on Linux 6.18",
+        12,
+    ),
+    "kernel-newest": Cell(
+        partial(kernels.run, suite="trixie-backports", release=""),
+        "the suite as root and as nobody on the newest of Debian's backports",
+        12,
+    ),
+}
+
+
+def one(name: str, source: Path, args: list[str]) -> bool:
+    """Run a cell, print its line, keep its result; whether it has not failed."""
+    print(f"{name:15}", end=" ", flush=True)
+    start = time.monotonic()
+    why = ""
+    with job(name, source, args) as this:
+        try:
+            CELLS[name].run(this)
+            state = "ok"
+        except Skip as skip:
+            state, why = "SKIPPED", str(skip)
+        except Failure as failure:
+            state, why = "FAILED", str(failure)
+        except Exception as error:
+            state, why = "FAILED", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if sys.exc_info()[0] is KeyboardInterrupt:
+                print("interrupted")
+    seconds = round(time.monotonic() - start)
+    runs = "; ".join(map(str, this.runs))
+    print(*filter(None, (runs, f"{seconds} s", state, why)), flush=True)
+    if state == "FAILED":
+        print(f"{'':15} {this.log.name}")
+    if not args:  # a part of the tests is no result
+        folder = CACHE / "results"
+        folder.mkdir(exist_ok=True)
+        result = {
+            "commit": project.commit(source),
+            "state": state,
+            "why": why,
+            "on": this.on,
+            "runs": [asdict(run) for run in this.runs],
+            "seconds": seconds,
+        }
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return state != "FAILED"
+
+
+def main() -> int:
+    ours, args = sys.argv[1:], []
+    if "--" in ours:
+        at = ours.index("--")
+        ours, args = ours[:at], ours[at + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="tests/matrix/run",
+        usage="%(prog)s [--list] [--report] [--source DIR] [NAME... | all] [-- ARGS]",
+        description="Run the tests where this machine is not, one line a cell; needs"
+        " root on Debian. ARGS are pytest's, in place of the whole suite. What is"
+        " fetched or made, and the logs, are in $MRELEASE_CACHE.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="list the cells")
+    parser.add_argument("--source", type=Path, default=HERE, help="another checkout")
+    options = parser.parse_args(ours)
+    names = list(CELLS) if options.names == ["all"] else options.names
+    if unknown := set(names) - CELLS.keys():
+        parser.error(f"no such cell: {', '.join(sorted(unknown))}")
+    if options.list or not names:
+        for name, cell in CELLS.items():
+            print(f"{name:15} {cell.minutes:3} min  {cell.about}")
+        return 0
+    # Not all(), which would stop at the first.
+    return 0 if min([one(name, options.source.resolve(), args) for name in names]) else 1
