@@ -66,7 +66,7 @@ def modules(job: Job, kernel: Path, to: Path) -> None:
         for name in MODULES:
             if (tree / "kernel" / name).is_dir():
                 shutil.copytree(tree / "kernel" / name, there / "kernel" / name)
-        depmod = ["depmod", "-b", to, tree.name]
+        depmod = ["depmod", "-b", to / "usr", tree.name]
         if debian.chroot(job, debian.root(job, project.OLDEST, PYTHON), *depmod):
             raise Failure("depmod failed")
 
