@@ -62,7 +62,7 @@ class Job:
 
     def run(
         self,
-        *command: str | Path,
+        *command: object,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         timeout: float = 3000,
@@ -88,13 +88,13 @@ class Job:
 
     def must(
         self,
-        *command: str | Path,
+        *command: object,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         """Run a command without which there is no cell."""
         if status := self.run(*command, cwd=cwd, env=env):
-            raise Failure(f"{Path(command[0]).name}: exit status {status}")
+            raise Failure(f"{command[0]}: exit status {status}")
 
     def counted(self, label: str, output: str, status: int) -> None:
         """Take the counts from pytest's last line; complain if it ran no test."""
@@ -114,13 +114,6 @@ class Job:
             raise Failure(f"{label}: no test was run")
         if status:
             raise Failure(f"{label}: pytest's exit status is {status}")
-
-    def pytest(self, *, python: str | Path, label: str, env: Mapping[str, str]) -> None:
-        """Run the tests of the checkout in the work directory, on this machine."""
-        before = self.log.tell()
-        command = [python, "-P", "-m", "pytest", "-q", *PYTEST, *self.args]
-        status = self.run(*command, cwd=self.work / "checkout", env=env)
-        self.counted(label, self.logged(before), status)
 
     def logged(self, start: int) -> str:
         self.log.flush()
@@ -145,7 +138,7 @@ def job(name: str, source: Path, args: Sequence[str]) -> Iterator[Job]:
         yield Job(name, source, Path(work), log, list(args))
 
 
-def output(*command: str | Path) -> str:
+def output(*command: object) -> str:
     """What a command prints; the command must work."""
     return subprocess.run(
         list(map(str, command)), check=True, capture_output=True, text=True

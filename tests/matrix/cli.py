@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from matrix import kernels, project
+from matrix import kernels, machines, project, pythons
 from matrix.base import CACHE, Failure, Job, Skip, job
 
 HERE = Path(__file__).resolve().parents[2]
@@ -51,6 +51,41 @@ CELLS = {
         "the suite as root and as nobody on the newest of Debian's backports",
         12,
     ),
+    **{
+        f"python-{version}": Cell(
+            partial(pythons.plain, version=version),
+            f"the suite on Python {version}, with the wheel of Python 3.11",
+            2,
+        )
+        for version in ("3.11", "3.12", "3.13", "3.14", "3.15")
+    },
+    **{
+        f"python-{version}t": Cell(
+            partial(pythons.free_threaded, version=version),
+            f"the suite on Python {version} without its GIL; compiled, the first time",
+            8,
+        )
+        for version in ("3.13", "3.14", "3.15")
+    },
+    **{
+        f"python-{version}d": Cell(
+            partial(pythons.debug, version=version),
+            f"the suite on a debug build of Python {version}",
+            3,
+        )
+        for version in ("3.11", "3.14")
+    },
+    "arch-i686": Cell(
+        machines.i686, "the suite on 32-bit x86, compiled there; this kernel", 3
+    ),
+    **{
+        f"arch-{name}": Cell(
+            partial(machines.emulated, name=name),
+            f"a cross-built wheel and the tests of the system calls on {name}",
+            8,
+        )
+        for name in machines.ARCHITECTURES
+    },
 }
 
 
@@ -117,4 +152,6 @@ def main() -> int:
             print(f"{name:15} {cell.minutes:3} min  {cell.about}")
         return 0
     # Not all(), which would stop at the first.
-    return 0 if min([one(name, options.source.resolve(), args) for name in names]) else 1
+    return (
+        0 if min([one(name, options.source.resolve(), args) for name in names]) else 1
+    )

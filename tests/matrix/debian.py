@@ -20,10 +20,11 @@ from matrix.base import CACHE, Failure, Job, Skip, output
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 # Unpacked without a maintainer script, so what those would pull in is named here.
-SYSTEM = (
-    "base-files bash coreutils dash diffutils findutils grep gzip kmod libc-bin"
-    " libseccomp2 mawk mount procps sed strace tar util-linux"
-).split()
+SYSTEM = [
+    *("base-files", "bash", "coreutils", "dash", "diffutils", "findutils", "grep"),
+    *("gzip", "kmod", "libc-bin", "libseccomp2", "mawk", "mount", "procps", "sed"),
+    *("strace", "tar", "util-linux"),
+]
 
 
 @functools.cache
@@ -50,6 +51,9 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
+UPDATED: set[Path] = set()  # the lists fetched by this process
+
+
 class Suite:
     """A Debian suite as apt sees it for one architecture, with lists of its own."""
 
@@ -66,12 +70,11 @@ class Suite:
             "".join(f"{kind} {mirror()} {name} main\n" for kind in kinds)
         )
         with locked("apt"):
-            self._update()
-
-    @functools.cache  # noqa: B019 - a handful of suites
-    def _update(self) -> None:
-        if (self.job.run("apt-get", *self.options(), "-qq", "update")) != 0:
-            raise Skip(f"Debian {self.name} for {self.arch} cannot be had here")
+            if self.folder in UPDATED:
+                return
+            if job.run("apt-get", *self.options(), "-qq", "update"):
+                raise Skip(f"Debian {name} for {arch} cannot be had here")
+            UPDATED.add(self.folder)
 
     def options(self) -> list[str]:
         settings = {
@@ -123,9 +126,7 @@ def unpack(deb: Path, to: Path) -> None:
         raise Failure(f"{deb.name} cannot be unpacked")
 
 
-def root(
-    job: Job, suite: str, packages: Sequence[str], *, arch: str = "amd64"
-) -> Path:
+def root(job: Job, suite: str, packages: Sequence[str], *, arch: str = "amd64") -> Path:
     """A folder with these packages, and a system to run them; made once."""
     wanted = sorted({*SYSTEM, *packages})
     key = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:8]
@@ -150,6 +151,9 @@ def root(
             "nobody:x:65534:65534:nobody:/nonexistent:/bin/sh\n"
         )
         (new / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
+        # libseccomp is found by this, as is whatever else ctypes looks for.
+        if arch in ("amd64", "i386"):
+            job.must("chroot", new, "/sbin/ldconfig")
         new.rename(made)
     return made
 
@@ -162,7 +166,8 @@ root=$1 cache=$2
 shift 2
 attach() {
   [ -e "$2" ] || return 0
-  if [ -d "$2" ]; then mkdir -p "$root$2"; else mkdir -p "$root${2%/*}"; : >> "$root$2"; fi
+  mkdir -p "$root${2%/*}"
+  if [ -d "$2" ]; then mkdir -p "$root$2"; else : >> "$root$2"; fi
   mount "$1" "$2" "$root$2"
 }
 attach --rbind /dev
@@ -180,7 +185,7 @@ exec chroot "$root" "$@"
 def chroot(
     job: Job,
     root: Path,
-    *command: str | Path,
+    *command: object,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     under: Sequence[str] = (),

@@ -94,16 +94,19 @@ def archive(job: Job, tools: Path, folder: Path, to: Path) -> None:
 
 
 # Neither run nor read in a guest; nor is what chroot() has made in a root.
-PRUNE = " ".join(
-    f"-path '{path}' -prune -o"
-    for path in (
-        "./usr/share/doc",
-        "./usr/share/locale",
-        "./usr/share/man",
-        "./usr/include",
-        f".{CACHE}",
+PRUNE = (
+    " ".join(
+        f"-path '{path}' -prune -o"
+        for path in (
+            "./usr/share/doc",
+            "./usr/share/locale",
+            "./usr/share/man",
+            "./usr/include",
+            f".{CACHE}",
+        )
     )
-) + " -print"
+    + " -print"
+)
 
 
 def boot(

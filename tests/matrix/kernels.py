@@ -24,21 +24,26 @@ def version(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def fetch(job: Job, suite: str, release: str) -> Path:
-    """Unpack the newest cloud kernel of this release, the newest of all if empty."""
-    apt = debian.Suite(job, suite)
-    # The package linux-binary has the image since 6.19, linux-image had it before.
-    pattern = re.compile(
-        rf"linux-image-({re.escape(release)}(\b[^a-z]*)(\+[a-z0-9]+|-\d+)?-cloud-amd64)"
-    )
-    names = apt.names("linux-image-")
-    found = [match for name in names if (match := pattern.fullmatch(name))]
+def fetch(
+    job: Job,
+    suite: str,
+    release: str = "",
+    *,
+    flavour: str = "cloud-amd64",
+    arch: str = "amd64",
+) -> Path:
+    """Unpack the newest kernel of this release, or of all."""
+    apt = debian.Suite(job, suite, arch)
+    wanted = rf"linux-image-({re.escape(release)}(?!\d)[\d.]*(-\d+|\+\w+)?-{flavour})"
+    names = [re.fullmatch(wanted, name) for name in apt.names("linux-image-")]
+    found = [match[1] for match in names if match]
     if not found:
-        raise Skip(f"Debian {suite} has no cloud kernel {release}")
-    name = max(found, key=lambda match: version(match[1]))[1]
+        raise Skip(f"Debian {suite} has no kernel {release} {flavour}")
+    name = max(found, key=version)
     folder = CACHE / "kernels" / name
     with debian.locked(folder.name):
         if not folder.exists():
+            # From 6.19 on the image is in linux-binary, before that in linux-image.
             kinds = [f"linux-{kind}-{name}" for kind in ("image", "binary", "modules")]
             there = [kind for kind in kinds if apt.has([kind])]
             new = folder.with_suffix(".new")
@@ -51,7 +56,10 @@ def fetch(job: Job, suite: str, release: str) -> Path:
 
 
 def image(folder: Path) -> Path:
-    for found in (*folder.glob("boot/vmlinu*"), *folder.glob("usr/lib/modules/*/vmlinu*")):
+    for found in (
+        *folder.glob("boot/vmlinu*"),
+        *folder.glob("usr/lib/modules/*/vmlinu*"),
+    ):
         return found
     raise Failure(f"no kernel image in {folder}")
 
@@ -76,8 +84,9 @@ def run(job: Job, suite: str, release: str, *, releases: bool = True) -> None:
     kernel = fetch(job, suite, release)
     overlay = job.work / "overlay"
     shutil.copytree(project.copy(job), overlay / "checkout")
-    packages = project.site(job)
-    shutil.copytree(packages, overlay / "usr/local/lib/python3.11/dist-packages")
+    site = overlay / "usr/local/lib/python3.11/dist-packages"
+    shutil.copytree(project.site(job), site)
+    project.install(project.wheel(job), site)
     modules(job, kernel, overlay)
     more = ",release" if releases else ""
     guest.boot(

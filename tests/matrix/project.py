@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -44,35 +43,47 @@ def test_extra(source: Path) -> list[str]:
     return extra
 
 
-def only_wheel(folder: Path) -> Path:
-    found = list(folder.glob("mrelease-*.whl"))
+def build_requirements(source: Path) -> list[str]:
+    data = tomllib.loads((source / "pyproject.toml").read_text())
+    requires: list[str] = data["build-system"]["requires"]
+    return requires
+
+
+def _oldest(job: Job, *words: object) -> None:
+    """Run the oldest Python, in an environment of its own."""
+    root = debian.root(job, OLDEST, OLDEST_PYTHON)
+    venv = job.work / "oldest"
+    if not venv.exists() and debian.chroot(job, root, "python3", "-m", "venv", venv):
+        raise Failure("no environment can be made")
+    python = venv / "bin/python"
+    if debian.chroot(job, root, python, *words, cwd=job.work / "checkout"):
+        raise Failure("the wheel cannot be built, or its tests have not what they need")
+
+
+def wheel(job: Job) -> Path:
+    """The wheel for every Python with a GIL, built from the copy."""
+    wheels = job.work / "wheels"
+    _oldest(job, "-m", "pip", "-q", "wheel", "--no-deps", "-w", wheels, ".")
+    # In the copy, what the build has left would be taken for the project's own.
+    shutil.rmtree(job.work / "checkout/build")
+    found = list(wheels.glob("mrelease-*-cp311-abi3-*.whl"))
     if len(found) != 1:
         raise Failure(f"{len(found)} wheels built, not one")
     return found[0]
 
 
-def oldest_root(job: Job) -> Path:
-    return debian.root(job, OLDEST, OLDEST_PYTHON)
-
-
 def site(job: Job) -> Path:
-    """What the tests need, for the oldest Python, and the wheel: as site-packages."""
-    root = oldest_root(job)
-    venv = job.work / "oldest"
-    wheels = job.work / "wheels"
-    pip = [venv / "bin/python", "-m", "pip", "-q"]
-    for command in (
-        ["python3.11", "-m", "venv", venv],
-        [*pip, "wheel", "--no-deps", "-w", wheels, "."],
-        [*pip, "install", *test_extra(job.source)],
-    ):
-        if debian.chroot(job, root, *command, cwd=job.work / "checkout"):
-            raise Failure("the wheel cannot be built")
-    packages = venv / "lib/python3.11/site-packages"
-    install(only_wheel(wheels), packages)
-    # In the copy, what the build has left would be taken for the project's own.
-    subprocess.run(["rm", "-rf", job.work / "checkout/build"], check=True)
-    return packages
+    """What the tests need, for the oldest Python: its site-packages."""
+    _oldest(job, "-m", "pip", "-q", "install", *test_extra(job.source))
+    return job.work / "oldest/lib/python3.11/site-packages"
+
+
+def pure_site(job: Job, to: Path) -> None:
+    """The same without what is compiled: for another Python or architecture."""
+    packages = site(job)
+    compiled = {path.relative_to(packages).parts[0] for path in packages.rglob("*.so")}
+    # Of what is left out, no trace may be left: pip's record would tell of it.
+    shutil.copytree(packages, to, ignore=shutil.ignore_patterns(*compiled))
 
 
 def install(wheel: Path, to: Path) -> None:
