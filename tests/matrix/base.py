@@ -38,6 +38,7 @@ class Run:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # of the skipped, how many
 
     def __str__(self) -> str:
         counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
@@ -110,6 +111,10 @@ class Job:
                     elif word == "skipped":
                         run.skipped += int(number)
                 break
+        for number, reason in re.findall(
+            r"^SKIPPED \[(\d+)\] [^ ]+: (.+)$", output, re.M
+        ):
+            run.reasons[reason] = run.reasons.get(reason, 0) + int(number)
         if status == 0 and not run.passed:
             raise Failure(f"{label}: no test was run")
         if status:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from matrix import kernels, machines, project, pythons
+from matrix import kernels, machines, project, pythons, report
 from matrix.base import CACHE, Failure, Job, Skip, job
 
 HERE = Path(__file__).resolve().parents[2]
@@ -104,10 +106,7 @@ def one(name: str, source: Path, args: list[str]) -> bool:
             state, why = "FAILED", str(failure)
         except Exception as error:
             state, why = "FAILED", f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            if sys.exc_info()[0] is KeyboardInterrupt:
-                print("interrupted")
+            this.say(traceback.format_exc())
     seconds = round(time.monotonic() - start)
     runs = "; ".join(map(str, this.runs))
     print(*filter(None, (runs, f"{seconds} s", state, why)), flush=True)
@@ -142,16 +141,19 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the cells")
+    parser.add_argument("--report", action="store_true", help="write docs/testing.md")
     parser.add_argument("--source", type=Path, default=HERE, help="another checkout")
     options = parser.parse_args(ours)
     names = list(CELLS) if options.names == ["all"] else options.names
     if unknown := set(names) - CELLS.keys():
         parser.error(f"no such cell: {', '.join(sorted(unknown))}")
-    if options.list or not names:
+    if options.list or not (names or options.report):
         for name, cell in CELLS.items():
             print(f"{name:15} {cell.minutes:3} min  {cell.about}")
         return 0
-    # Not all(), which would stop at the first.
-    return (
-        0 if min([one(name, options.source.resolve(), args) for name in names]) else 1
-    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleaned up all the same
+    source = options.source.resolve()
+    good = [one(name, source, args) for name in names]
+    if options.report:
+        report.write(CELLS, CACHE / "results", source / "docs/testing.md")
+    return 0 if all(good) else 1

@@ -1,0 +1,62 @@
+"""docs/testing.md: what was run where, from the results that the cells have left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HEAD = """\
+# What was tested where
+
+Made by `tests/matrix/run --report` of the results of its cells; not to be edited.
+CONTRIBUTING.md tells how they are run. A commit with a plus sign had changes besides.
+
+"""
+COLUMNS = [
+    *("cell", "commit", "kernel", "machine", "Python", "user"),
+    *("passed", "failed", "skipped", "result"),
+]
+
+
+def _row(values: Iterable[object]) -> str:
+    return "| " + " | ".join(str(value) for value in values) + " |\n"
+
+
+def write(cells: Iterable[str], results: Path, to: Path) -> None:
+    text = HEAD + _row(COLUMNS) + _row("---" for _ in COLUMNS)
+    skips: dict[str, list[str]] = {}
+    for cell in cells:
+        try:
+            result = json.loads((results / f"{cell}.json").read_text())
+        except FileNotFoundError:
+            text += _row([cell, *[""] * 8, "not run"])
+            continue
+        text += _rows(cell, result)
+        for run in result["runs"]:
+            for reason, count in run["reasons"].items():
+                where = f"{cell} ({run['label']}) {count}"
+                skips.setdefault(reason, []).append(where)
+    text += "\n## What was skipped\n\n"
+    text += "| reason | where, and how many tests |\n|---|---|\n"
+    for reason in sorted(skips):
+        text += _row([reason, ", ".join(skips[reason])])
+    to.parent.mkdir(exist_ok=True)
+    to.write_text(text)
+
+
+def _rows(cell: str, result: dict[str, Any]) -> str:
+    on = result["on"]
+    seen = [on.get(name, "") for name in ("kernel", "machine", "python")]
+    outcome = ": ".join(filter(None, (result["state"], result["why"])))
+    runs = result["runs"] or [{}]  # a cell that ran nothing has a line as well
+    counts = "label", "passed", "failed", "skipped"
+    return "".join(
+        _row(
+            [cell, result["commit"], *seen]
+            + [run.get(name, "") for name in counts]
+            + [outcome]
+        )
+        for run in runs
+    )
