@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -78,13 +79,15 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise Failure(f"{command[0]}: not done in {timeout:.0f} s") from None
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):  # it has ended, with all its own
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def must(

@@ -151,6 +151,8 @@ def root(job: Job, suite: str, packages: Sequence[str], *, arch: str = "amd64") 
             "nobody:x:65534:65534:nobody:/nonexistent:/bin/sh\n"
         )
         (new / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
+        if (new / "usr/bin/gcc").exists():
+            (new / "usr/bin/cc").symlink_to("gcc")
         # libseccomp is found by this, as is whatever else ctypes looks for.
         if arch in ("amd64", "i386"):
             job.must("chroot", new, "/sbin/ldconfig")
@@ -176,7 +178,7 @@ attach --bind /etc/resolv.conf
 attach --bind /etc/hosts
 attach --bind /etc/ssl/certs
 attach --bind "$cache"
-mount -t proc proc "$root/proc"
+attach --rbind /proc
 mount -t tmpfs -o mode=1777 tmp "$root/tmp"
 exec chroot "$root" "$@"
 """
@@ -189,11 +191,9 @@ def chroot(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     under: Sequence[str] = (),
+    timeout: float = 3000,
 ) -> int:
-    """Run a command in a root, with the cache at its usual place in it.
-
-    All its processes end with it.
-    """
+    """Run a command in a root, with the cache at its usual place in it."""
     if os.geteuid():
         raise Skip("needs root, for chroot")
     enter = CACHE / "enter"
@@ -207,11 +207,11 @@ def chroot(
         **(env or {}),
     }
     return job.run(
-        *("unshare", "--mount", "--pid", "--fork", "--kill-child"),
-        *(*under, "sh", enter, root, CACHE),
+        *("unshare", "--mount", *under, "sh", enter, root, CACHE),
         *("env", "-i", *([f"--chdir={cwd}"] if cwd else [])),
         *(f"{name}={value}" for name, value in variables.items()),
         *command,
+        timeout=timeout,
     )
 
 

@@ -143,10 +143,11 @@ def boot(
     status = debian.chroot(
         job,
         tools,
-        *("timeout", "--signal=KILL", f"{timeout:.0f}", *machine.command),
+        *machine.command,
         *("-m", str(machine.mib), "-smp", "2", "-nographic", "-nic", "none"),
         *("-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append"),
         f"console={machine.console} quiet panic=-1 rdinit=/init",
+        timeout=timeout,
     )
     take(job, job.logged(before).replace("\r", ""), status)
 
