@@ -94,7 +94,7 @@ CELLS = {
 def one(name: str, source: Path, args: list[str]) -> bool:
     """Run a cell, print its line, keep its result; whether it has not failed."""
     print(f"{name:15}", end=" ", flush=True)
-    start = time.monotonic()
+    start, commit = time.monotonic(), project.commit(source)
     why = ""
     with job(name, source, args) as this:
         try:
@@ -116,7 +116,7 @@ def one(name: str, source: Path, args: list[str]) -> bool:
         folder = CACHE / "results"
         folder.mkdir(exist_ok=True)
         result = {
-            "commit": project.commit(source),
+            "commit": commit,
             "state": state,
             "why": why,
             "on": this.on,
