@@ -72,7 +72,7 @@ def installed(version: str) -> Python | None:
 
 def packaged(job: Job, version: str, *, debug: bool = False) -> Python | None:
     packages = [f"python{version}", f"python{version}-venv"]
-    packages += [f"python{version}-dbg"] if debug else []
+    packages += [f"python{version}-dev", f"python{version}-dbg"] if debug else []
     for suite in SUITES:
         if debian.Suite(job, suite).has(packages):
             root = debian.root(job, suite, [*packages, *NEEDED])
