@@ -105,14 +105,15 @@ class Suite:
     def with_dependencies(self, packages: Sequence[str], to: Path) -> list[Path]:
         """These packages and all that they depend on."""
         (to / "partial").mkdir(parents=True, exist_ok=True)
-        self.job.must(
-            "apt-get",
-            *self.options(),
-            f"-oDir::Cache::archives={to}",
-            *("-qq", "-y", "--no-install-recommends", "--download-only"),
-            "install",
-            *packages,
-        )
+        with locked("apt"):  # its own lock it would not wait for
+            self.job.must(
+                "apt-get",
+                *self.options(),
+                f"-oDir::Cache::archives={to}",
+                *("-qq", "-y", "--no-install-recommends", "--download-only"),
+                "install",
+                *packages,
+            )
         return sorted(to.glob("*.deb"))
 
 

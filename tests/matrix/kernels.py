@@ -34,7 +34,8 @@ def fetch(
 ) -> Path:
     """Unpack the newest kernel of this release, or of all."""
     apt = debian.Suite(job, suite, arch)
-    wanted = rf"linux-image-({re.escape(release)}(?!\d)[\d.]*(-\d+|\+\w+)?-{flavour})"
+    exact = rf"{re.escape(release)}(?!\d)" if release else ""
+    wanted = rf"linux-image-({exact}[\d.]*(-\d+|\+\w+)?-{flavour})"
     names = [re.fullmatch(wanted, name) for name in apt.names("linux-image-")]
     found = [match[1] for match in names if match]
     if not found:
