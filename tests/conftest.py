@@ -7,11 +7,13 @@ import functools
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+import cgroups
 import victims
 from mrelease import process_mrelease
 
@@ -37,6 +39,19 @@ def _why_no_release() -> str | None:
     return None
 
 
+def _why_no_small_pids() -> str | None:
+    # Asked first: on an older kernel the limit would be the whole machine's.
+    if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (6, 14):
+        return "needs a pid_max of each pid namespace, of Linux 6.14"
+    script = "echo 400 > /proc/sys/kernel/pid_max"
+    unshare = ["unshare", "-pf", "--mount-proc", "sh", "-c", script]
+    try:
+        result = subprocess.run(unshare, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "needs unshare"
+    return f"needs a pid namespace: {result.stderr}" if result.returncode else None
+
+
 def _why_no_subinterpreters() -> str | None:
     return None if sys.version_info >= (3, 12) else "needs Python 3.12"
 
@@ -44,10 +59,15 @@ def _why_no_subinterpreters() -> str | None:
 # What a test may need: @pytest.mark.needs("root", ...). MRELEASE_REQUIRE names those
 # that must be there: a test that lacks one fails instead of being skipped.
 REASONS: dict[str, Callable[[], str | None]] = {
+    "cgroup1": cgroups.why_no_cgroup1,
+    "cgroup2": cgroups.why_no_cgroup2,
     "cpus": victims.why_not_two_cpus,
     "freezer": victims.why_no_freezer,
     "fuse": victims.why_no_fuse,
+    "memcg": cgroups.why_no_memcg,
     "mount": _why_no("mount"),
+    "pidns": _why_no_small_pids,
+    "pids": cgroups.why_no_pids,
     "release": _why_no_release,
     "root": victims.why_not_root,
     "seccomp": _why_no_seccomp,

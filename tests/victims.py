@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import signal
 import struct
@@ -21,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Literal, TypeVar
+
+import cgroups
 
 TIMEOUT = 30  # seconds for what takes milliseconds: emulated machines are slow
 
@@ -222,6 +225,91 @@ for _ in range(1000):
         time.sleep(0.01)  # the victim is still on its way out
 """
 
+# Keeps a family: a process, made by the program given, and all that descend from it.
+# Whoever loses its parent becomes this one's child, and so can always be found. Nobody
+# is reaped, and nobody dies with a parent, which would hide that a kill missed it: all
+# end when the test process closes its end of the pipe, or dies.
+_GUARD = """
+import ctypes, os, signal, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+def wait():
+    os.read(0, 1)
+    os._exit(0)
+
+def child(function, *args):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*args)
+        finally:
+            os._exit(1)
+    return pid
+
+def root():
+    for cgroup in sys.argv[2:]:
+        with open(cgroup + "/cgroup.procs", "w") as procs:
+            procs.write("0")
+    say("root", os.getpid())
+    exec(sys.argv[1], globals())
+
+child(root)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.read(0, 1)
+
+def parent(pid):
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        return int(stat.read().rpartition(b")")[2].split()[1])
+
+while True:
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            if parent(pid) == os.getpid():
+                os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass  # another's, and gone
+    try:
+        os.waitpid(-1, 0x40000000)  # __WALL
+        while os.waitpid(-1, 0x40000000 | os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        break
+"""
+
+# Forks a number of times and pauses, as do its children. In machine code, because a
+# process of an interpreter's is fifty times as big and as slow to make.
+_CROWD = {
+    "x86_64": """
+        bb{number}      # mov number, %ebx
+        b839000000 0f05 # fork: mov 57, %eax; syscall
+        85c0 7417       # test %eax, %eax; jz pause
+        ffcb 75f1       # dec %ebx; jnz fork
+        6a01 58 89c7    # push 1; pop %rax; mov %eax, %edi
+        488d3510000000  # lea text(%rip), %rsi
+        ba06000000 0f05 # mov 6, %edx; syscall: write(1, text, 6)
+        b822000000 0f05 # pause: mov 34, %eax; syscall
+        ebf7            # jmp pause
+    """,
+}
+
+_JOIN_CROWD = """
+binary = bytes.fromhex(BINARY)
+if binary:
+    file = os.memfd_create("crowd", 0)
+    os.write(file, binary)
+    readable = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
+    os.close(file)  # what can be written cannot be executed
+    os.execve(readable, ["crowd"], {})
+for _ in range(NUMBER):
+    child(signal.pause)
+say("ready")
+signal.pause()
+"""
+
 
 class Child:
     """A process that we started, and reap ourselves: its pid is surely its own."""
@@ -252,16 +340,23 @@ class Child:
 
     def wait_ready(self) -> list[str]:
         """Wait for the line "ready"; return the words after it."""
+        word, *words = self.words()
+        if word != "ready":
+            raise RuntimeError(f"child said {word}")
+        return words
+
+    def words(self) -> list[str]:
+        """Wait for a line; return its words."""
         stdin, stdout, stderr = self._pipes()
         poll = select.poll()
         poll.register(stdout, select.POLLIN)
         if not poll.poll(TIMEOUT * 1000):
             raise TimeoutError(f"waited {TIMEOUT} s for {self.pid} to be ready")
         words = stdout.readline().decode().split()
-        if words[:1] != ["ready"]:
+        if not words:
             stdin.close()  # ends whoever else could hold the other end of stderr
             raise RuntimeError(f"child did not start: {stderr.read().decode()}")
-        return words[1:]
+        return words
 
     def exited(self) -> bool:
         """Whether it has exited; it is left unreaped. ChildProcessError once reaped."""
@@ -466,6 +561,61 @@ class Stuck(Victim):
             self.unstick()
 
 
+class Family(Child):
+    """A process and its descendants; those known by a name are in `pids`."""
+
+    def __init__(self, program: str, *joined: Path) -> None:
+        super().__init__(_GUARD, program, *joined)
+        self.joined = joined
+        self.pids: dict[str, int] = {}
+
+    @property
+    def root(self) -> int:
+        return self.pids["root"]
+
+    def wait_for(self, *names: str) -> None:
+        """Wait until each of these has said its name, and, if it is one, its pid."""
+        missing = {*names, "root"} - self.pids.keys()
+        while missing:
+            name, pid = [*self.words(), "0"][:2]
+            self.pids[name] = int(pid)
+            missing.discard(name)
+
+    def running(self) -> dict[int, str]:
+        """Every descendant that is not dead, zombies being so, with its state."""
+        states: dict[int, str] = {}
+        children: dict[int, list[int]] = {}
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                text = Path(f"/proc/{pid}/stat").read_text()
+                state, parent = text.rpartition(")")[2].split()[:2]
+                states[pid] = state
+                children.setdefault(int(parent), []).append(pid)
+        found, parents = {}, [self.pid]
+        while parents:
+            for pid in children.get(parents.pop(), []):
+                parents.append(pid)
+                if states[pid] not in "ZX":
+                    found[pid] = states[pid]
+        return found
+
+    def wait_states(self, letter: str, *names: str) -> None:
+        def reached() -> bool:
+            running = self.running()
+            return all(running.get(self.pids[name]) == letter for name in names)
+
+        _until(reached, f"state {letter} of {', '.join(names)}")
+
+    def close(self) -> None:
+        with ExitStack() as last:
+            last.callback(super().close)
+            for path in self.joined:
+                cgroups.kill(path)
+            stdin, *_ = self._pipes()
+            stdin.close()
+            self.wait_exit()  # the guard has killed and reaped them all
+
+
 V = TypeVar("V", bound=Child)
 
 
@@ -534,6 +684,43 @@ def zombie() -> Iterator[Victim]:
         child.kill()
         child.wait_exit()
         yield child
+
+
+@contextmanager
+def family(program: str, *names: str, join: Sequence[Path] = ()) -> Iterator[Family]:
+    """A process that runs a program, with descendants; all of them in these cgroups.
+
+    The program has say(), child(function) and wait(); who is named says so and its pid.
+    """
+    with _closing(Family(program, *join)) as found:
+        found.wait_for(*names)
+        yield found
+
+
+@contextmanager
+def crowd(number: int, *join: Path) -> Iterator[Family]:
+    """As many small processes, all children of the first; they do nothing."""
+    code = _CROWD.get(os.uname().machine, "").format(
+        number=(number - 1).to_bytes(4, "little").hex()
+    )
+    code = re.sub("#.*", "", code)
+    binary = _elf(bytes.fromhex(code) + b"ready\n").hex() if code else ""
+    program = _JOIN_CROWD.replace("NUMBER", str(number - 1))
+    program = program.replace("BINARY", repr(binary))
+    with family(program, "ready", join=join) as found:
+        yield found
+
+
+def _elf(code: bytes) -> bytes:
+    """A 64-bit static x86-64 executable: two headers and the code, in one page."""
+    base, headers = 0x400000, 64 + 56
+    size = headers + len(code)
+    return (
+        struct.pack("<16sHHIQ", b"\x7fELF\2\1\1", 2, 62, 1, base + headers)
+        + struct.pack("<QQIHHHHHH", 64, 0, 0, 64, 56, 1, 64, 0, 0)
+        + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 4096)
+        + code
+    )
 
 
 def reaped_pid() -> int:
