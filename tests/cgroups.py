@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EOPNOTSUPP
+from errno import ENODEV, ENOENT, EOPNOTSUPP
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ TIMEOUT = 30  # seconds for what takes milliseconds: emulated machines are slow
 Kind = Literal["v2", "v1", "pids", "memory"]
 
 
-def _mounts() -> Iterator[tuple[str, set[str], Path]]:
+def mounts() -> Iterator[tuple[str, set[str], Path]]:
     """Type, options and mount point of what is mounted of cgroups."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")
@@ -39,10 +39,10 @@ def _mounts() -> Iterator[tuple[str, set[str], Path]]:
 
 def mount(kind: Kind) -> Path | None:
     """Where cgroups of this kind can be made; None if nowhere."""
-    v2 = [path for version, _, path in _mounts() if version == "cgroup2"]
+    v2 = [path for version, _, path in mounts() if version == "cgroup2"]
     v1 = {
         name: path
-        for version, options, path in _mounts()
+        for version, options, path in mounts()
         if version == "cgroup"
         for name in options
     }
@@ -127,11 +127,12 @@ def enter(cgroup: Path, pid: int) -> None:
 def pids(cgroup: Path) -> list[int]:
     """The processes in a cgroup, sorted; none if it is gone or threaded."""
     try:
-        return sorted({int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()})
+        text = (cgroup / "cgroup.procs").read_text()
     except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.errno == EOPNOTSUPP:
+        if error.errno in (ENOENT, ENODEV, EOPNOTSUPP):
             return []
         raise
+    return sorted({int(pid) for pid in text.split()})
 
 
 def subtree(cgroup: Path) -> list[Path]:

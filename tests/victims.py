@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import re
+import resource
 import select
 import signal
 import struct
@@ -582,20 +584,22 @@ class Family(Child):
             missing.discard(name)
 
     def running(self) -> dict[int, str]:
-        """Every descendant that is not dead, zombies being so, with its state."""
+        """Every descendant that is not dead, as zombies are, with its state."""
         states: dict[int, str] = {}
         children: dict[int, list[int]] = {}
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             with suppress(FileNotFoundError, ProcessLookupError):
                 text = Path(f"/proc/{pid}/stat").read_text()
-                state, parent = text.rpartition(")")[2].split()[:2]
-                states[pid] = state
+                state, parent, *rest = text.rpartition(")")[2].split()
                 children.setdefault(int(parent), []).append(pid)
+                # A leader that has exited before its threads looks like a zombie.
+                if state not in "ZX" or int(rest[15]) > 1:
+                    states[pid] = state
         found, parents = {}, [self.pid]
         while parents:
             for pid in children.get(parents.pop(), []):
                 parents.append(pid)
-                if states[pid] not in "ZX":
+                if pid in states:
                     found[pid] = states[pid]
         return found
 
@@ -694,6 +698,15 @@ def family(program: str, *names: str, join: Sequence[Path] = ()) -> Iterator[Fam
     """
     with _closing(Family(program, *join)) as found:
         found.wait_for(*names)
+        yield found
+
+
+@contextmanager
+def family_of_a_dead_leader(*join: Path) -> Iterator[Family]:
+    """One process, whose main thread has exited; another one lives."""
+    program = "import _thread\n_thread.start_new_thread(wait, ())\n" + _LEADER_EXITS
+    with family(program, "ready", join=join) as found:
+        found.wait_states("Z", "root")
         yield found
 
 
@@ -873,6 +886,63 @@ def stuck_writer(mib: int = 8) -> Iterator[Stuck]:
         )
         child.wait_state("D")
         yield child
+
+
+T = TypeVar("T")
+NOBODY = 65534
+
+
+def apart(
+    function: Callable[[], T],
+    *,
+    uid: int | None = None,
+    descriptors: int | None = None,
+    join: Path | None = None,
+) -> T:
+    """Call a function in a child that has changed what a process cannot change back.
+
+    That is its user, its limit of descriptors (those that are open stay), its cgroup.
+    """
+    theirs, ours = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer: T | BaseException
+            try:
+                _change(uid, descriptors, join)
+                answer = function()
+            except BaseException as error:
+                answer = error
+            with open(ours, "wb") as pipe:
+                pipe.write(pickle.dumps(answer))
+        finally:
+            os._exit(0)
+    os.close(ours)
+    try:
+        with open(theirs, "rb") as pipe:
+            text = pipe.read()
+    finally:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status or not text:
+        raise RuntimeError(f"the child ended with {status}")
+    answer = pickle.loads(text)
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _change(uid: int | None, descriptors: int | None, join: Path | None) -> None:
+    if join is not None:
+        cgroups.enter(join, os.getpid())
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        # Else its own files in /proc are root's, as they would not be after an exec.
+        _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
+    if descriptors is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
 
 
 def _freezer_mount() -> Path | None:
