@@ -273,7 +273,7 @@ def test_a_directory_that_is_no_cgroup_is_refused(
     link = tmp_path / "link"
     link.symlink_to(lookalike)
     for path in (tmp_path, lookalike, link, Path("/"), Path("/proc"), Path("/sys")):
-        with pytest.raises(ValueError, match=f"{path}\\b|'{path}'"):
+        with pytest.raises(ValueError, match=rf"{path}(?!\w)"):
             function(path)
     with pytest.raises(ValueError, match="lookalike"):
         function(os.fsencode(lookalike))
@@ -338,7 +338,7 @@ def test_the_root_cgroup_is_not_killed() -> None:
     for path in roots:
 
         def refused(path: Path = path) -> None:
-            with pytest.raises(ValueError, match=f"{path}\\b"):
+            with pytest.raises(ValueError, match=rf"{path}(?!\w)"):
                 kill_cgroup(path)
 
         if os.geteuid() == 0:
@@ -354,10 +354,10 @@ def test_the_callers_own_cgroup_and_those_above_are_not_killed(kind: Kind) -> No
 
         def refused() -> None:
             for above in (path, middle, own):
-                with pytest.raises(ValueError, match=f"{above}\\b"):
+                with pytest.raises(ValueError, match=rf"{above}(?!\w)"):
                     kill_cgroup(above)
-            for name in (own / "../b", Path(f"/proc/self/cwd/{own}")):
-                with pytest.raises(ValueError, match=f"{name}\\b"):
+            for name in (own / "../b", Path(f"/proc/self/root/{own}")):
+                with pytest.raises(ValueError, match=rf"{name}(?!\w)"):
                     kill_cgroup(name)
 
         with members(beside) as others:
@@ -602,13 +602,15 @@ while True:
     child(lambda: os._exit(0))
     os.wait()
 """
-    with cgroup(kind) as path:
-        for _ in range(5):
-            with victims.family(program, "ready", join=[path]) as family:
-                results = kill_cgroup(path, wait=True, timeout=None)
-                assert gone(path)
-                assert family.running() == {}
-                assert family.root in killed(results)
+    for _ in range(5):
+        with (
+            cgroup(kind) as path,
+            victims.family(program, "ready", join=[path]) as family,
+        ):
+            results = kill_cgroup(path, wait=True, timeout=None)
+            assert gone(path)
+            assert family.running() == {}
+            assert family.root in killed(results)
 
 
 @both

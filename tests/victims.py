@@ -229,8 +229,8 @@ for _ in range(1000):
 
 # Keeps a family: a process, made by the program given, and all that descend from it.
 # Whoever loses its parent becomes this one's child, and so can always be found. Nobody
-# is reaped, and nobody dies with a parent, which would hide that a kill missed it: all
-# end when the test process closes its end of the pipe, or dies.
+# dies with a parent, which would hide that a kill missed it: all end when the test
+# process closes its end of the pipe, or dies.
 _GUARD = """
 import ctypes, os, signal, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -261,6 +261,7 @@ def root():
 
 child(root)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps for us
 os.read(0, 1)
 
 def parent(pid):
@@ -275,11 +276,10 @@ while True:
         except OSError:
             pass  # another's, and gone
     try:
-        os.waitpid(-1, 0x40000000)  # __WALL
-        while os.waitpid(-1, 0x40000000 | os.WNOHANG)[0]:
-            pass
+        os.waitpid(-1, 0x40000000 | os.WNOHANG)  # __WALL
     except ChildProcessError:
         break
+    time.sleep(0.001)
 """
 
 # Forks a number of times and pauses, as do its children. In machine code, because a
