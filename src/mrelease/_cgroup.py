@@ -98,19 +98,23 @@ class Cgroup:
                 return False
             except OSError:
                 pass  # before Linux 6.13 only /proc tells
-        return self._name == self._name_in_proc(pidfd.pid)
+        # A leader that has exited before its threads is in v1's root cgroup.
+        pid = pidfd.pid
+        tasks = (f"/proc/{pid}/task/{tid}" for tid in _proc.threads(pid))
+        return self._names(f"/proc/{pid}") or any(map(self._names, tasks))
 
-    def _name_in_proc(self, pid: int) -> str | None:
+    def _names(self, task: str) -> bool:
+        """Whether /proc names this cgroup as a task's."""
         try:
-            lines = os.fsdecode(_proc.read(f"/proc/{pid}/cgroup")).split("\n")
+            lines = os.fsdecode(_proc.read(f"{task}/cgroup")).split("\n")
         except (FileNotFoundError, ProcessLookupError):
-            return None
+            return False
         for line in filter(None, lines):
             _, controllers, name = line.split(":", 2)
             listed = set(filter(None, controllers.split(",")))
             if bool(listed) == bool(self._options) and listed <= self._options:
-                return name
-        return None
+                return name == self._name
+        return False
 
     def _children(self) -> list[Cgroup]:
         children: list[Cgroup] = []
