@@ -54,9 +54,15 @@ class Batch:
         self._running = []
         return opener(*args, **kwargs)
 
-    def add(self, pidfd: Pidfd, *, own: bool = True) -> Sequence:
-        """Have a process killed by the next flush(); own: close the Pidfd after it."""
+    def add(
+        self, pidfd: Pidfd, *, own: bool = True, signal: int | None = None
+    ) -> Sequence:
+        """Have a process killed by the next flush().
+
+        own: close the Pidfd after it. signal: what it has been sent already.
+        """
         sequence = Sequence(pidfd, self.options)
+        sequence.signal = signal
         self.begun.append(sequence)
         self._queued.append(sequence)
         if own:
@@ -164,5 +170,5 @@ def unopened(
 def _unkilled(sequence: Sequence, error: OSError) -> KillResult:
     pid = sequence.pidfd.pid
     if isinstance(error, ProcessLookupError):
-        return unopened(pid, sequence.options, "exited")
+        return unopened(pid, sequence.options, "exited", signal=sequence.signal)
     return unopened(pid, sequence.options, "alive", errno=error.errno or 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl as fcntl  # Pidfd.cgroup_id() needs it, perhaps when files have run out
 import os
-from errno import ENODEV, ENOSYS, ENOTDIR, EOPNOTSUPP, EROFS
+from errno import ENODEV, ENOENT, ENOSYS, ENOTDIR, EOPNOTSUPP, EROFS
 from stat import S_ISDIR
 from sys import maxsize
 
@@ -93,7 +93,8 @@ class Cgroup:
     def _holds(self, pidfd: Pidfd) -> bool:
         if not self._options:
             try:
-                return pidfd.cgroup_id() & _INODE == self._id
+                if pidfd.cgroup_id() & _INODE == self._id:
+                    return True
             except ProcessLookupError:
                 return False
             except OSError:
@@ -113,8 +114,20 @@ class Cgroup:
             _, controllers, name = line.split(":", 2)
             listed = set(filter(None, controllers.split(",")))
             if bool(listed) == bool(self._options) and listed <= self._options:
-                return name == self._name
+                return name == self._name or self._lists(name)
         return False
+
+    def _lists(self, name: str) -> bool:
+        """Whether another cgroup is a threaded one below this, whose list is here."""
+        below = name.removeprefix(self._name.rstrip("/"))
+        if self._options or below == name or not below.startswith("/"):
+            return False
+        try:
+            return _proc.read(f"{self._directory}{below}/cgroup.type") == b"threaded\n"
+        except OSError as error:
+            if error.errno in (ENODEV, ENOENT):
+                return False
+            raise
 
     def _children(self) -> list[Cgroup]:
         children: list[Cgroup] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from errno import EINTR, ENODEV, ENOSYS, EPERM
-from heapq import nlargest
 from marshal import dumps, loads
+from time import monotonic
 
 from . import _cgroup, _child, _proc
 from ._batch import NO_DESCRIPTOR, Batch, as_os_error, unopened
@@ -17,7 +17,7 @@ from ._tree import Tree, is_descendant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from typing import TypeAlias, Unpack
 
     from ._cgroup import Cgroup
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
     _Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-_LARGEST = 64  # processes of a cgroup that are released before cgroup.kill
+# A process of a cgroup is large, and released before cgroup.kill, if it has this part
+# of the cgroup's memory. So a bomb's many processes are not: a release would wait for
+# each while it holds its memory's lock, to fork, and has no CPU.
+_LARGE = 1 / 64
+# Seconds that this may take, for each process and each byte: a bomb starves the caller.
+_PATIENCE = 0.1
+_PATIENCE_PROCESS = 1e-4
+_PATIENCE_BYTE = 1 / 2**30
 _PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
 
 
@@ -78,7 +85,7 @@ def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
 def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]:
     """Kill all processes in a cgroup and below it, v1 or v2, and free their memory.
 
-    The largest are killed and released first, one after the other; then cgroup.kill
+    The large ones are killed and released first, one after the other; then cgroup.kill
     (v2, Linux 5.14) ends the rest, whatever it forks; then that is released. Where
     cgroup.kill is missing or not permitted, processes are killed until none is left,
     and those that fork meanwhile are stopped first.
@@ -198,12 +205,9 @@ def _kill_by_file(
     cgroup: Cgroup, killer: int, pids: list[int], batch: Batch
 ) -> list[KillResult]:
     """Release the largest, write to cgroup.kill, release the rest."""
-    sizes = {pid: _proc.anonymous(pid) or 0 for pid in pids}
-    largest = set(nlargest(_LARGEST, sizes, key=sizes.__getitem__))
-    _kill_members(cgroup, batch, largest.__contains__)
+    _kill_large(cgroup, batch)
     _write_kill(killer)
-    begun = {sequence.pidfd.pid for sequence in batch.begun}
-    lacking = _kill_members(cgroup, batch, lambda pid: pid not in begun)
+    lacking = _kill_rest(cgroup, batch)
     batch.finish()
     begun = {sequence.pidfd.pid for sequence in batch.begun}
     return batch.killed(batch.begun) + _rest(
@@ -219,14 +223,38 @@ def _write_kill(killer: int) -> None:
             raise
 
 
-def _kill_members(cgroup: Cgroup, batch: Batch, wanted: Callable[[int], bool]) -> int:
-    """Kill members of a cgroup; return the errno if descriptors run out, else 0."""
+def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
+    """Kill and release the large ones, the largest first, for a reasonable time."""
+    try:
+        found = [(part, pid) for part in cgroup.walk() for pid in part.pids()]
+        end = monotonic() + _PATIENCE + len(found) * _PATIENCE_PROCESS
+        sizes: dict[tuple[Cgroup, int], int] = {}
+        for part, pid in found:
+            sizes[part, pid] = _proc.anonymous(pid) or 0
+            if monotonic() > end:
+                return
+        large = max(1, _LARGE * sum(sizes.values()))
+        for part, pid in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            end += sizes[part, pid] * _PATIENCE_BYTE
+            if sizes[part, pid] < large or monotonic() > end:
+                return
+            if pidfd := batch.open(part.open, pid):
+                batch.add(pidfd)
+                batch.flush()
+    except OSError as error:
+        if error.errno not in NO_DESCRIPTOR:
+            raise
+
+
+def _kill_rest(cgroup: Cgroup, batch: Batch) -> int:
+    """Release whom cgroup.kill has killed; return the errno if descriptors run out."""
+    begun = {sequence.pidfd.pid for sequence in batch.begun}
     lacking = 0
     try:
         for part in cgroup.walk():
-            for pid in filter(wanted, part.pids()):
-                if pidfd := batch.open(part.open, pid):
-                    batch.add(pidfd)
+            for pid in part.pids():
+                if pid not in begun and (pidfd := batch.open(part.open, pid)):
+                    batch.add(pidfd, signal=SIGKILL)
     except OSError as error:
         if error.errno not in NO_DESCRIPTOR:
             raise
