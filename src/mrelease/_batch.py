@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NO_DESCRIPTOR = (EMFILE, ENFILE)
 _MOST = 1024
+_PATIENCE = 0.05  # seconds that the next kills may wait for room
 
 
 class Batch:
@@ -41,6 +42,7 @@ class Batch:
         # Of each of these two, so that half of what may be open is left to the caller.
         limit = os.sysconf("SC_OPEN_MAX")
         self._most = min(max(1, limit // 4), _MOST) if limit > 0 else _MOST
+        self.patience = _PATIENCE
 
     def open(self, opener: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call what opens a process; when no descriptor is left, make room first."""
@@ -86,8 +88,11 @@ class Batch:
                 self._conclude([sequence])
         self._running += [s for s in queued if s not in self.results]
         self._conclude([s for s in self._running if not s.pending or s.pidfd.exited])
-        # The oldest have had the most time.
-        self._conclude(self._running[: -self._most])
+        if len(self._running) > self._most:
+            finish(self._running, self.patience)
+            self._conclude([s for s in self._running if s.pidfd.exited])
+            # The oldest have had the most time.
+            self._conclude(self._running[: -self._most])
 
     def finish(self) -> None:
         """Kill what was added, and wait until all is over."""

@@ -11,7 +11,7 @@ from time import monotonic
 from . import _cgroup, _child, _proc
 from ._batch import NO_DESCRIPTOR, Batch, as_os_error, unopened
 from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim
-from ._pidfd import Pidfd, pid_of
+from ._pidfd import INFINITY, Pidfd, pid_of
 from ._stops import Stops, open_known
 from ._tree import Tree, is_descendant
 
@@ -152,8 +152,7 @@ def kill_tree(target: Target, **options: Unpack[KillOptions]) -> list[KillResult
         # The children of those that could not be stopped in time.
         gone += _kill_found(tree, batch)
         batch.finish()
-        for sequence in batch.begun:
-            stops.forget(sequence.pidfd.pid)
+        _forget_killed(stops, batch)
         others = [sequence for sequence in batch.begun if sequence is not last]
         return gone + batch.killed([*others, last])
 
@@ -207,6 +206,7 @@ def _kill_by_file(
     """Release the largest, write to cgroup.kill, release the rest."""
     _kill_large(cgroup, batch)
     _write_kill(killer)
+    batch.patience = INFINITY  # nobody is left whose kill would have to wait
     lacking = _kill_rest(cgroup, batch)
     batch.finish()
     begun = {sequence.pidfd.pid for sequence in batch.begun}
@@ -290,14 +290,18 @@ def _kill_one_by_one(cgroup: Cgroup, batch: Batch) -> list[KillResult]:
             # by one, others might fill their places in the meantime.
             while _stop_living(cgroup, batch, stops):
                 pass
-        for sequence in batch.begun:
-            if sequence.signal == SIGKILL:
-                stops.forget(sequence.pidfd.pid)
+        _forget_killed(stops, batch)
     batch.finish()
     results = batch.killed(batch.begun)
     if results and all(result.outcome == "alive" for result in results):
         raise PermissionError(EPERM, os.strerror(EPERM), cgroup.path)
     return results
+
+
+def _forget_killed(stops: Stops, batch: Batch) -> None:
+    for sequence in batch.begun:
+        if sequence.signal == SIGKILL:
+            stops.forget(sequence.pidfd.pid)
 
 
 def _kill_living(cgroup: Cgroup, batch: Batch) -> int:

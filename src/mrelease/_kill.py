@@ -273,7 +273,7 @@ def _terminate(sequence: Sequence, grace: float, signal: int) -> KillResult:
 
 
 def _release(sequence: Sequence) -> KillResult:
-    sequence.deadline = sequence.options.start + sequence.options.timeout
+    sequence.watch()
     sequence.release()
     finish([sequence])
     return sequence.result()
@@ -358,6 +358,12 @@ class Sequence:
         self._send(signal)
         self.due = monotonic() + grace
 
+    def watch(self) -> None:
+        """Only wait for the exit, at most for the timeout."""
+        self.to_kill = False
+        self.due = INFINITY
+        self.deadline = self.options.start + self.options.timeout
+
     def act(self) -> None:
         """Do what is due: kill, or release once more."""
         if self.to_kill:
@@ -399,7 +405,6 @@ class Sequence:
 
     def release(self) -> None:
         """Release, without a signal."""
-        self.to_kill = False
         self.attempts += 1
         try:
             process_mrelease(self.pidfd.fileno())
@@ -500,11 +505,15 @@ class Sequence:
         return max(0, self.held - left)
 
 
-def finish(sequences: Iterable[Sequence]) -> None:
-    """Run sequences to their ends: exit, memory back if that is enough, or deadline."""
+def finish(sequences: Iterable[Sequence], patience: float = INFINITY) -> None:
+    """Run sequences to their ends: exit, memory back if that is enough, or deadline.
+
+    patience: seconds for all of that.
+    """
+    end = monotonic() + patience
     left: list[Sequence] = [s for s in sequences if s.pending]
-    while left:
-        until = min(min(sequence.due, sequence.deadline) for sequence in left)
+    while left and monotonic() < end:
+        until = min(min(sequence.due, sequence.deadline, end) for sequence in left)
         pidfds = [sequence.pidfd for sequence in left]
         exited = poll_exited(pidfds, until - monotonic())
         now = monotonic()

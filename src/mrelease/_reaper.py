@@ -70,13 +70,13 @@ class Reaper:
         """
         settings = Options(**options)
         pidfd = Pidfd.open(target)
+        sequence = Sequence(pidfd, settings)
         try:
-            sequence = Sequence(pidfd, settings)
             sequence.check()
-            return self._pool.start(sequence)
         except BaseException:
             pidfd.close()
             raise
+        return self._pool.start(sequence)
 
     def close(self, wait: bool = True) -> None:
         """Take no more kills; those that were begun go on to their results.
@@ -146,19 +146,28 @@ class Pool:
         atexit.register(self._send_unsent)
 
     def start(self, sequence: Sequence) -> Future[KillResult]:
-        """Go on with a kill; unless this raises, its Pidfd is the pool's to close."""
-        if self.pid != os.getpid():
-            raise RuntimeError(
-                f"this Reaper's threads are in process {self.pid}, which made it: "
-                "after a fork the child has to make its own"
-            )
+        """Go on with a kill; its Pidfd is the pool's to close, whatever happens."""
         task = _Task(sequence)
-        with self._lock:
-            if self._closing:
-                raise RuntimeError("the Reaper is closed")
-            self._begin_if_due(task, monotonic())
-            self._tasks.add(task)
-            self._wake()
+        try:
+            if self.pid != os.getpid():
+                raise RuntimeError(
+                    f"this Reaper's threads are in process {self.pid}, which made it: "
+                    "after a fork the child has to make its own"
+                )
+            with self._lock:
+                if self._closing:
+                    raise RuntimeError("the Reaper is closed")
+                self._tasks.add(task)
+                try:
+                    self._begin_if_due(task, monotonic())
+                except OSError:
+                    self._retire(task)
+                    raise
+                self._wake()
+        except BaseException:
+            if task not in self._tasks:
+                sequence.pidfd.close()
+            raise
         task.future.add_done_callback(self._look_if_cancelled)
         return task.future
 
@@ -170,16 +179,16 @@ class Pool:
             self._close_wakeup()
             return
         with self._lock:
-            threads = self._threads - {current_thread()}
+            threads = set(self._threads)
             self._closing = True
             self._wake()
-            while wait and self._is_worth_waiting():
+            # A callback of one of the threads cannot wait for them.
+            while current_thread() not in threads and wait and self._is_unfinished():
                 self._lock.wait(_PATIENCE)
             ended = threads - self._threads
             if not self._threads:
                 self._close_wakeup()
         if wait:
-            atexit.unregister(self._send_unsent)
             for thread in ended:
                 thread.join()
 
@@ -206,16 +215,17 @@ class Pool:
             try:
                 thread.start()
             except BaseException:
-                self._threads.remove(thread)
+                self._threads.discard(thread)
                 raise
         if error := ready.get():
             raise error
 
     def _leave(self) -> None:
         with self._lock:
-            self._threads.remove(current_thread())
-            if not self._threads:
+            self._threads.discard(current_thread())
+            if self._closing and not self._threads:
                 self._close_wakeup()
+                atexit.unregister(self._send_unsent)
             self._lock.notify_all()
 
     def _work(self) -> None:
@@ -251,6 +261,11 @@ class Pool:
             task = self._queue.popleft()
             task.queued = False
             task.running = True
+            sequence = task.sequence
+            if sequence.to_kill:
+                # The kill sets it, too, a moment later, but wakes nobody.
+                sequence.deadline = monotonic() + sequence.options.timeout
+                self._wake()
             return task
 
     def _watch(self) -> None:
@@ -266,43 +281,65 @@ class Pool:
                     return
                 until = min((task.due() for task in tasks.values()), default=INFINITY)
                 wakeup = self._wakeup
-            exited = _poll(tasks, wakeup, until - monotonic())
-            results: list[tuple[Future[KillResult], KillResult | Exception]] = []
+            try:
+                exited = _poll(tasks, wakeup, until - monotonic())
+            except OSError:
+                # More than RLIMIT_NOFILE, which has been lowered: one by one.
+                _poll((), wakeup, _PATIENCE)
+                exited = None
+            results: list[tuple[_Task, KillResult | Exception | None]] = []
             with self._lock:
-                now = monotonic()
                 for fd, task in tasks.items():
-                    if task in self._tasks:
-                        self._look(task, fd in exited, now, results)
+                    if task not in self._tasks:
+                        continue
+                    was_settled = task.settled
+                    result: KillResult | Exception | None = None
+                    try:
+                        gone = (
+                            task.sequence.pidfd.exited
+                            if exited is None
+                            else fd in exited
+                        )
+                        result = self._look(task, gone)
+                    except Exception as error:  # of this one alone
+                        result = error
+                        task.settled = True
+                        if not task.running:
+                            self._retire(task)
+                    if task.settled and not was_settled:
+                        results.append((task, result))
                 self._lock.notify_all()
-            for future, result in results:
-                _tell(future, result)
+            for task, result in results:
+                _tell(task.future, result)
 
-    def _look(
-        self,
-        task: _Task,
-        exited: bool,
-        now: float,
-        results: list[tuple[Future[KillResult], KillResult | Exception]],
-    ) -> None:
-        """Settle a task if its time has come, and find out what is to be done."""
+    def _look(self, task: _Task, exited: bool) -> KillResult | None:
+        """Do what is due, settle it if its time has come; return its result then."""
         sequence = task.sequence
-        if not task.settled and (exited or now >= sequence.deadline):
-            results.append((task.future, sequence.result()))
+        result = None
+        now = monotonic()
+        if task.future.cancelled():
             task.settled = True
-        elif task.future.cancelled():
+        elif not task.settled and (exited or now >= sequence.deadline):
+            if task.running and not exited:
+                self._make_sure(sequence)
+            result = sequence.result()
             task.settled = True
         if task.running:
-            return
+            return result
         # A kill that is not due yet comes, whether or not anybody waits for it.
         if exited or (task.settled and not task.queued and not sequence.to_kill):
             self._retire(task)
         elif not task.queued:
-            try:
-                self._begin_if_due(task, now)
-            except OSError as error:
-                results.append((task.future, error))
-                task.settled = True
-                self._retire(task)
+            self._begin_if_due(task, now)
+        return result
+
+    def _make_sure(self, sequence: Sequence) -> None:
+        """Send SIGKILL to one that a worker may be just about to send it to."""
+        try:
+            sequence.pidfd.send_signal(SIGKILL)
+            sequence.signal = SIGKILL
+        except ProcessLookupError:
+            pass  # gone
 
     def _begin_if_due(self, task: _Task, now: float) -> None:
         """Hand a task to the workers; if none is free, kill here, without a release."""
@@ -321,19 +358,22 @@ class Pool:
         if task.queued:
             self._queue.remove(task)
         self._tasks.remove(task)
-        task.sequence.pidfd.close()
+        try:
+            task.sequence.pidfd.close()
+        except OSError:  # closed behind its back, as its future says
+            pass
 
     def _is_over(self) -> bool:
         return self._closing and all(task.settled for task in self._tasks)
 
-    def _is_worth_waiting(self) -> bool:
+    def _is_unfinished(self) -> bool:
         """Whether close() has a result or a thread to wait for."""
         if any(not task.settled for task in self._tasks):
             return True
         now = monotonic()
         if any(task.running and now >= task.sequence.deadline for task in self._tasks):
             return False
-        return bool(self._threads - {current_thread()})
+        return bool(self._threads)
 
     def _look_if_cancelled(self, future: Future[KillResult]) -> None:
         if future.cancelled():
@@ -352,12 +392,16 @@ class Pool:
 
     def _send_unsent(self) -> None:
         """At the interpreter's exit: no kill is lost with the threads."""
+        if self.pid != os.getpid():
+            return
+        now = monotonic()
         with self._lock:
             for task in self._tasks:
-                if task.sequence.signal is None:
+                sequence = task.sequence
+                if task.running or (sequence.to_kill and sequence.due <= now):
                     try:
-                        task.sequence.pidfd.send_signal(SIGKILL)
-                    except OSError:  # gone meanwhile, and nobody to tell
+                        self._make_sure(sequence)
+                    except OSError:  # nobody is there to tell
                         continue
 
 
@@ -382,9 +426,9 @@ def _poll(fds: Iterable[int], wakeup: int, timeout: float) -> set[int]:
     return readable
 
 
-def _tell(future: Future[KillResult], result: KillResult | Exception) -> None:
+def _tell(future: Future[KillResult], result: KillResult | Exception | None) -> None:
     """Give a future its result, unless it has been cancelled."""
-    if not future.set_running_or_notify_cancel():
+    if not future.set_running_or_notify_cancel() or result is None:
         return
     if isinstance(result, Exception):
         future.set_exception(result)

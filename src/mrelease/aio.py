@@ -1,18 +1,17 @@
 """kill(), terminate() and the wait for an exit, awaited: for asyncio and its like.
 
-The event loop is never blocked: releases run in two threads that all loops share, and
-however many kills are awaited at once, it takes no thread for each.
+The event loop is never blocked: three threads, which all loops share, release and watch
+for exits, however many kills are awaited at once.
 """
 
 from __future__ import annotations
 
 import os
-from asyncio import get_running_loop, wrap_future
-from asyncio import wait as wait_for
+from asyncio import wrap_future
 from threading import Lock
 
 from ._kill import SIGTERM, KillResult, Options, Sequence, check_asking
-from ._pidfd import INFINITY, Pidfd, seconds
+from ._pidfd import Pidfd
 from ._reaper import Pool
 
 TYPE_CHECKING = False
@@ -68,40 +67,37 @@ async def wait(target: Target, timeout: float | None = None) -> bool:
     Pidfd.wait(), awaited: it never reaps. timeout None: no limit. Raises as
     Pidfd.open(). Linux 5.3. Thread-safe.
     """
-    limit = seconds("timeout", timeout, optional=True)
-    loop = get_running_loop()
-    exited = loop.create_future()
-
-    def note() -> None:
-        if not exited.done():
-            exited.set_result(None)
-
-    with Pidfd.open(target) as pidfd:
-        loop.add_reader(pidfd.fileno(), note)
-        try:
-            await wait_for([exited], timeout=None if limit == INFINITY else limit)
-        finally:
-            loop.remove_reader(pidfd.fileno())
-        return pidfd.exited
+    options = Options(timeout, wait=True)
+    return (await _run(target, options, Sequence.watch)).exited
 
 
 async def _run(
     target: Target, options: Options, begin: Callable[[Sequence], None]
 ) -> KillResult:
+    pool = _pool()  # first, as it may not be to be had
     pidfd = Pidfd.open(target)
+    sequence = Sequence(pidfd, options)
     try:
-        sequence = Sequence(pidfd, options)
         begin(sequence)
-        future = _pool().start(sequence)
     except BaseException:
         pidfd.close()
         raise
-    return await wrap_future(future)
+    return await wrap_future(pool.start(sequence))
 
 
 def _pool() -> Pool:
     with _lock:
-        # After a fork the parent's threads are not here.
-        if not _pools or _pools[-1].pid != os.getpid():
-            _pools[:] = [Pool(_WORKERS)]
-        return _pools[-1]
+        if not _pools:
+            _pools.append(Pool(_WORKERS))
+        return _pools[0]
+
+
+def _forget() -> None:
+    """In a forked child, where the threads are not."""
+    global _lock
+    _lock = Lock()  # that of the parent may be held, for ever
+    while _pools:
+        _pools.pop().close(wait=False)
+
+
+os.register_at_fork(after_in_child=_forget)
