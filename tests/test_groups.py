@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-import cgroups
 import victims
 from calls import run_python
 from mrelease import KillResult, Pidfd, kill_all
@@ -70,7 +69,7 @@ def test_of_no_target_there_is_no_result() -> None:
 
 def test_one_that_is_named_twice_is_killed_once() -> None:
     with sleepers(1) as (victim,):
-        twice = [victim.pid, victim.process]
+        twice: list[Any] = [victim.pid, victim.process]
         results = results_of(kill_all(twice, wait=True, timeout=None))
         assert [result.pid for result in results] == [victim.pid] * 2
         assert all(result.exited for result in results)
@@ -82,7 +81,13 @@ def test_what_cannot_be_killed_gives_its_exception_and_the_rest_die() -> None:
     with sleepers(1, 1) as (first, last), victims.victim(1, threads=2) as threaded:
         (tid,) = set(threaded.threads()) - {threaded.pid}
         refused = [os.getpid(), 1, tid, 0, -1]
-        targets = [first.pid, reaped, victims.reaped_pid(), *refused, last.process]
+        targets: list[Any] = [
+            first.pid,
+            reaped,
+            victims.reaped_pid(),
+            *refused,
+            last.process,
+        ]
         found = kill_all(targets, wait=True, timeout=None)
         assert len(found) == len(targets)
         ends = results_of([found[0], found[-1]])
@@ -189,9 +194,7 @@ def test_with_wait_those_that_stay_are_waited_for_until_the_timeout() -> None:
 def test_measure_tells_what_each_has_given_back() -> None:
     with sleepers(16, 64, 32) as found:
         targets = [victim.process for victim in found]
-        results = results_of(
-            kill_all(targets, wait=True, timeout=None, measure=True)
-        )
+        results = results_of(kill_all(targets, wait=True, timeout=None, measure=True))
         for result, mib in zip(results, (16, 64, 32), strict=True):
             assert result.freed is not None
             assert mib * MIB <= result.freed < 2 * mib * MIB + 16 * MIB
@@ -304,9 +307,7 @@ def test_more_targets_than_descriptors_are_killed() -> None:
         pids = sorted(family.running())
         assert len(pids) == 300
         pids.remove(family.root)  # who would leave its children to be reaped at once
-        found = apart(
-            lambda: kill_all(pids, wait=True, timeout=None), descriptors=64
-        )
+        found = apart(lambda: kill_all(pids, wait=True, timeout=None), descriptors=64)
         results = results_of(found)
         assert [result.pid for result in results] == pids
         assert all(result.released for result in results)
@@ -315,7 +316,7 @@ def test_more_targets_than_descriptors_are_killed() -> None:
 
 def test_without_a_descriptor_nothing_is_killed_but_what_is_open() -> None:
     with sleepers(1, 1, 1) as found, Pidfd.open(found[1].pid) as pidfd:
-        targets = [found[0].pid, pidfd, found[2].process]
+        targets: list[Any] = [found[0].pid, pidfd, found[2].process]
         first, second, third = apart(
             lambda: kill_all(targets, wait=True, timeout=None), descriptors=3
         )

@@ -3,8 +3,8 @@
 In a pid namespace with a hundred pids to give, processes come and go: members of the
 group, and outsiders, each of which ends by itself, with status 0, within milliseconds
 unless somebody touches it. So a member's pid is an outsider's very soon after it has
-been read, and whoever signals by what was read before hits one: of 20 000 outsiders,
-hundreds to thousands.
+been read, and whoever signals by what was read before hits one: of its
+kills about one in a hundred does, be it through a pidfd that was opened after that.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def by_pidfds():
 
 def by_kill(born, kill_them):
     while not told(DONE):
+        tell(READY, 0)
         leader = child(born)
         while told(READY) != leader:
             time.sleep(0.001)
@@ -148,7 +149,7 @@ def killer():
     if MODE == "cgroup_pidfds":
         by_pidfds()
     elif MODE == "kill_cgroup":
-        by_kill(member, lambda pid: kill_cgroup(GROUP, timeout=10, wait=True))
+        by_kill(member, lambda pid: kill_cgroup(GROUP, timeout=10))
     elif MODE == "kill_tree":
         by_kill(parent, lambda pid: kill_tree(pid, timeout=10))
     else:
