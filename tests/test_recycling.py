@@ -220,7 +220,6 @@ def torture(mode: str, version: Literal["v2", "v1"], number: int = RECYCLED) -> 
         ("cgroup_pidfds", "v2"),
         ("kill_cgroup", "v2"),
         ("kill_tree", "v2"),
-        pytest.param("cgroup_pidfds", "v1", marks=pytest.mark.needs("cgroup1")),
         pytest.param("kill_cgroup", "v1", marks=pytest.mark.needs("cgroup1")),
     ],
 )
