@@ -767,7 +767,7 @@ def test_the_memory_of_starved_processes_comes_back() -> None:
         for pid in pids:
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
         before = current(path)
-        results = kill_cgroup(path, timeout=None)
+        results = kill_cgroup(path, wait=True, timeout=None)
         assert sorted(result.pid for result in results) == pids
         assert all(result.released for result in results)
         assert current(path) <= before // 2
@@ -785,9 +785,8 @@ def test_a_cgroup_that_is_killed_as_a_whole_when_short_of_memory_is_killed() -> 
 def test_what_the_kernel_kills_as_a_whole_meanwhile_has_exited() -> None:
     hog = """
 say("ready")
-os.read(int(sys.stdin.fileno()), 0)
-area = bytearray(64 << 20)
-for _ in iter(int, 1):
+area = bytearray()
+while True:
     area += bytearray(64 << 20)
 """
     with cgroup("memory") as path:
