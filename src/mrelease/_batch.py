@@ -101,7 +101,7 @@ class Batch:
         self._conclude(self._running)
 
     def killed(self, sequences: Iterable[Sequence]) -> list[KillResult]:
-        """The results; for those that could not be killed, too."""
+        """The results; for those that may not be killed or have gone, too."""
         return [
             _unkilled(sequence, result) if isinstance(result, OSError) else result
             for sequence in sequences
@@ -176,4 +176,6 @@ def _unkilled(sequence: Sequence, error: OSError) -> KillResult:
     pid = sequence.pidfd.pid
     if isinstance(error, ProcessLookupError):
         return unopened(pid, sequence.options, "exited", signal=sequence.signal)
+    if not isinstance(error, PermissionError | Refused):
+        raise error  # which no kernel is known to say
     return unopened(pid, sequence.options, "alive", errno=error.errno or 0)

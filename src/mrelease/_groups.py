@@ -54,6 +54,8 @@ def kill_all(
     was known then. Linux 5.15 for the release, 5.3 for the kill. Thread-safe.
     """
     settings = Options(**options)
+    if isinstance(targets, bytes | bytearray | memoryview):
+        raise TypeError(f"targets must not be {type(targets).__name__}: pids are ints")
     targets = list(targets)
     for target in targets:
         with suppress(ValueError):  # a result, in its turn
