@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parents[2]
 class Cell:
     run: Callable[[Job], None]
     about: str
-    minutes: int  # on two cores without KVM, everything fetched
+    minutes: int  # on two cores without KVM, once everything is fetched
 
 
 CELLS = {
@@ -31,27 +31,27 @@ CELLS = {
     "kernel-5.10": Cell(
         partial(kernels.run, suite="bullseye", release="5.10", releases=False),
         "the suite as root and as nobody on Linux 5.10",
-        5,
+        6,
     ),
     "kernel-6.1": Cell(
         partial(kernels.run, suite="bookworm", release="6.1"),
         "the suite as root and as nobody on Linux 6.1",
-        12,
+        20,
     ),
     "kernel-6.12": Cell(
         partial(kernels.run, suite="trixie", release="6.12"),
         "the suite as root and as nobody on Linux 6.12",
-        12,
+        20,
     ),
     "kernel-6.18": Cell(
         partial(kernels.run, suite="trixie-backports", release="6.18"),
         "the suite as root and as nobody on Linux 6.18",
-        12,
+        20,
     ),
     "kernel-newest": Cell(
         partial(kernels.run, suite="trixie-backports", release=""),
         "the suite as root and as nobody on the newest of Debian's backports",
-        12,
+        20,
     ),
     **{
         f"python-{version}": Cell(

@@ -62,6 +62,7 @@ modprobe -q zram
 [ ! -e /dev/fuse ] || chmod 666 /dev/fuse
 ldconfig
 echo "@@ kernel $(uname -r)"
+ls -d /dev/fuse /dev/zram0
 echo "@@ machine $(uname -m)"
 echo "@@ python $(python3 -c 'import platform; print(platform.python_version())')"
 cd /checkout
