@@ -59,7 +59,7 @@ ARCHITECTURES = {
         guest.Machine(
             "ppc64el",
             ("qemu-system-ppc",),
-            ("qemu-system-ppc64", "-M", "pseries", "-cpu", "power9"),
+            ("qemu-system-ppc64", "-M", "pseries", "-cpu", "power9", "-vga", "none"),
             "hvc0",
             2048,
         ),

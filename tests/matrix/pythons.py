@@ -107,7 +107,7 @@ def build(
         folder = Path(name)
         words = ["-qq", "source", "--download-only", package]
         job.must("apt-get", *apt.options(), *words, cwd=folder)
-        (source,) = folder.glob("*.orig.tar.*")
+        (source,) = folder.glob("*.orig.tar.?z")
         job.must("tar", "-xf", source, "--strip-components=1", cwd=folder)
         script = (
             './configure -q --prefix="$0" --disable-test-modules "$@" > configure.log'
