@@ -35,7 +35,7 @@ def write(cells: Iterable[str], results: Path, to: Path) -> None:
             continue
         text += _rows(cell, result)
         for run in result["runs"]:
-            for reason, count in run["reasons"].items():
+            for reason, count in run.get("reasons", {}).items():
                 where = f"{cell} ({run['label']}) {count}"
                 skips.setdefault(reason, []).append(where)
     text += "\n## What was skipped\n\n"
