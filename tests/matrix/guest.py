@@ -155,7 +155,8 @@ def boot(
 
 def take(job: Job, console: str, status: int) -> None:
     for word in ("kernel", "machine", "python"):
-        if found := re.search(rf"^@@ {word} (.+)$", console, re.M):
+        # Not at a line's beginning: firmware has written there.
+        if found := re.search(rf"@@ {word} (.+)$", console, re.M):
             job.on[word] = found[1]
     failures = []
     whole = re.compile(r"^@@ begin (\w+)$(.*?)^@@ end \1 (\d+)$", re.M | re.S)
