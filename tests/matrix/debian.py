@@ -152,8 +152,10 @@ def root(job: Job, suite: str, packages: Sequence[str], *, arch: str = "amd64") 
             "nobody:x:65534:65534:nobody:/nonexistent:/bin/sh\n"
         )
         (new / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
-        if (new / "usr/bin/gcc").exists():
-            (new / "usr/bin/cc").symlink_to("gcc")
+        # What maintainer scripts would have linked.
+        for link, target in (("awk", "mawk"), ("cc", "gcc")):
+            if (new / "usr/bin" / target).exists():
+                (new / "usr/bin" / link).symlink_to(target)
         # libseccomp is found by this, as is whatever else ctypes looks for.
         if arch in ("amd64", "i386"):
             job.must("chroot", new, "/sbin/ldconfig")
