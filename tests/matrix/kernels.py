@@ -11,7 +11,7 @@ from matrix.base import CACHE, Failure, Job, Skip
 
 # What tests may be skipped for lacking (conftest.py), and no guest lacks.
 USER = "cpus,seccomp,strace"
-ROOT = f"{USER},freezer,fuse,mount,root,unshare"
+ROOT = f"{USER},cgroup1,cgroup2,freezer,fuse,memcg,mount,pids,root,unshare"
 
 PYTHON = ["python3"]
 
