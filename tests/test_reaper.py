@@ -178,10 +178,14 @@ def test_memory_shared_with_a_living_process_is_tried_again() -> None:
 
 
 def test_a_victim_that_exits_while_it_settles_is_not_released() -> None:
-    with victims.victim() as victim, Reaper() as reaper:
-        result = reaper.kill(victim.pid, settle=60, timeout=None).result(LIMIT)
-        assert (result.outcome, result.attempts) == ("exited", 0)
-        assert (result.errno, result.signal) == (0, signal.SIGKILL)
+    # More than one, as the exit may be seen before the signal's sender runs on.
+    with ExitStack() as stack:
+        reaper = stack.enter_context(Reaper())
+        for _ in range(12):
+            victim = stack.enter_context(victims.victim(1))
+            result = reaper.kill(victim.pid, settle=60, timeout=None).result(LIMIT)
+            assert (result.outcome, result.attempts) == ("exited", 0)
+            assert (result.errno, result.signal) == (0, signal.SIGKILL)
 
 
 @needs_release
@@ -443,8 +447,20 @@ def test_a_future_has_its_result_at_the_timeout_though_the_release_is_blocked() 
         for future in futures:
             result = future.result(0)
             assert (result.outcome, result.released) == ("exiting", False)
-            assert (result.signal, result.attempts) == (signal.SIGKILL, 1)
-            assert result.errno == 0
+            assert (result.signal, result.errno) == (signal.SIGKILL, 0)
+            # None yet if the worker has not come as far.
+            assert result.attempts <= 1
+
+
+@needs_blocked
+def test_a_blocked_release_is_counted_as_an_attempt() -> None:
+    with blocked(1, timeout=1) as (_, _, (future,)):
+        if future.done():
+            pytest.skip("the release was not begun within a second")
+        result = future.result(LIMIT)
+        assert (result.outcome, result.released) == ("exiting", False)
+        assert (result.signal, result.attempts) == (signal.SIGKILL, 1)
+        assert blocked_threads() == 1
 
 
 @needs_blocked
@@ -614,15 +630,19 @@ with victims.exit_stopped() as refused, victims.exit_stopped() as killed:
     filter.add_rule(ERRNO(1), "pidfd_send_signal", *rule)
     filter.load()
     reaper = Reaper(1)
-    others = [reaper.kill(killed.pid, wait=True, timeout=0.5, boost=False)]
-    error = reaper.kill(refused.pid, boost=False).exception(LIMIT)
+    before = reaper.kill(killed.pid, wait=True, timeout=None, boost=False)
+    try:
+        error = reaper.kill(refused.pid, boost=False).exception(LIMIT)
+    except PermissionError as raised:  # the worker was busy: it was for the caller
+        error = raised
     left = pidfds(refused.pid)
     os.dup2(0, free[2])
-    others.append(reaper.kill(killed.pid))
-    report(error.errno, left, [future.result(LIMIT).outcome for future in others])
+    after = reaper.kill(killed.pid).result(LIMIT).outcome
+    killed.wait_exit_stop()
+    killed.resume()
+    report(error.errno, left, before.result(LIMIT).exited, after)
 """
-    answer = [errno.EPERM, [], ["released", "released"]]
-    assert reported(program) == answer
+    assert reported(program) == [errno.EPERM, [], True, "released"]
 
 
 @needs_release
