@@ -438,8 +438,13 @@ class Sequence:
         )
 
     def _send(self, signal: int) -> None:
-        self.pidfd.send_signal(signal)
-        self.signal = signal
+        # Ahead, for whoever sees the exit that follows from another thread.
+        last, self.signal = self.signal, signal
+        try:
+            self.pidfd.send_signal(signal)
+        except BaseException:
+            self.signal = last
+            raise
 
     def _kill_and_release(self) -> None:
         # A victim that wakes up on this CPU starts its own exit before the release

@@ -66,7 +66,8 @@ class Reaper:
         kill. Its callbacks run in a thread of the Reaper: they should be quick.
 
         Raises at once as kill() for a target or an option that is refused, and
-        RuntimeError if the Reaper is closed, or from before a fork. Thread-safe.
+        RuntimeError if the Reaper is closed, or from before a fork. If the SIGKILL
+        itself fails, by a filter perhaps, the error may be the future's. Thread-safe.
         """
         settings = Options(**options)
         pidfd = Pidfd.open(target)
