@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest

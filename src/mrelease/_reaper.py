@@ -235,19 +235,18 @@ class Pool:
             result: KillResult | Exception | None = None
             try:
                 sequence.act()
+                if not sequence.pending:
+                    result = sequence.result()
             except Exception as error:
                 result = error
             with self._lock:
                 task.running = False
-                if not task.settled and (result or not sequence.pending):
-                    result = result or sequence.result()
-                    task.settled = True
-                else:
-                    result = None
+                is_first = not task.settled and result is not None
+                task.settled = task.settled or is_first
                 if task.settled:
                     self._retire(task)
                 self._wake()
-            if result:
+            if is_first:
                 _tell(task.future, result)
 
     def _next_task(self) -> _Task | None:
@@ -288,33 +287,32 @@ class Pool:
                 # More than RLIMIT_NOFILE, which has been lowered: one by one.
                 _poll((), wakeup, _PATIENCE)
                 exited = None
-            results: list[tuple[_Task, KillResult | Exception | None]] = []
+            settled: list[tuple[_Task, KillResult | Exception | None]] = []
             with self._lock:
                 for fd, task in tasks.items():
                     if task not in self._tasks:
-                        continue
+                        continue  # retired by a worker meanwhile
                     was_settled = task.settled
-                    result: KillResult | Exception | None = None
-                    try:
-                        gone = (
-                            task.sequence.pidfd.exited
-                            if exited is None
-                            else fd in exited
-                        )
-                        result = self._look(task, gone)
-                    except Exception as error:  # of this one alone
-                        result = error
-                        task.settled = True
-                        if not task.running:
-                            self._retire(task)
+                    result = self._look(task, None if exited is None else fd in exited)
                     if task.settled and not was_settled:
-                        results.append((task, result))
+                        settled.append((task, result))
                 self._lock.notify_all()
-            for task, result in results:
+            for task, result in settled:
                 _tell(task.future, result)
 
-    def _look(self, task: _Task, exited: bool) -> KillResult | None:
-        """Do what is due, settle it if its time has come; return its result then."""
+    def _look(self, task: _Task, exited: bool | None) -> KillResult | Exception | None:
+        """Do what is due with a task; return the result if that settles it."""
+        try:
+            if exited is None:
+                exited = task.sequence.pidfd.exited
+            return self._go_on(task, exited)
+        except Exception as error:  # of this task alone
+            task.settled = True
+            if not task.running:
+                self._retire(task)
+            return error
+
+    def _go_on(self, task: _Task, exited: bool) -> KillResult | None:
         sequence = task.sequence
         result = None
         now = monotonic()
