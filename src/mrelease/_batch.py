@@ -12,7 +12,6 @@ from ._kill import KillResult, Options, Sequence, finish
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
     from typing import ParamSpec, Self, TypeVar
 
     from ._kill import Outcome
@@ -131,12 +130,7 @@ class Batch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for sequence in self._owned:
             sequence.pidfd.close()
 

@@ -13,7 +13,6 @@ from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 _COUNT = Struct("=q")
@@ -79,12 +78,7 @@ class Stops:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             for pid, started in self._started.items():
                 _let_go_on(pid, started)
