@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -540,3 +542,26 @@ def test_without_descriptors_nobody_is_killed_or_left_stopped() -> None:
         # A signal is taken when the process next runs.
         time.sleep(0.01)
         assert tree.running() == dict.fromkeys({*tree.pids.values()}, "S")
+
+
+def test_whom_it_stopped_goes_on_if_the_caller_is_killed() -> None:
+    with victims.victim(1) as victim:
+        program = f"""
+import time
+from mrelease import Pidfd
+from mrelease._stops import Stops
+with Pidfd.open({victim.pid}) as pidfd, Stops() as stops:
+    stops.stop(pidfd)
+    print("stopped", flush=True)
+    time.sleep(100)
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE
+        ) as caller:
+            assert caller.stdout
+            assert caller.stdout.readline() == b"stopped\n"
+            victim.wait_state("T")
+            caller.kill()
+            # Nobody else has the other end.
+            assert caller.stdout.read() == b""
+        victim.wait_state("S")

@@ -52,7 +52,6 @@ class Batch:
                 raise
         self.flush()
         self._conclude(self._running)
-        self._running = []
         return opener(*args, **kwargs)
 
     def add(
@@ -84,9 +83,9 @@ class Batch:
             if sequence in stuck or not self._try(sequence, sequence.kill):
                 continue
             if not sequence.pending:
-                self._conclude([sequence])
-        self._running += [s for s in queued if s not in self.results]
-        self._conclude([s for s in self._running if not s.pending or s.pidfd.exited])
+                self._report(sequence)  # at once, for the time it took
+        self._running += queued
+        self._conclude([s for s in queued if s not in self.results and s.pidfd.exited])
         if len(self._running) > self._most:
             finish(self._running, self.patience)
             self._conclude([s for s in self._running if s.pidfd.exited])
@@ -118,9 +117,12 @@ class Batch:
 
     def _conclude(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            self.results[sequence] = sequence.result()
-            self._close(sequence)
+            self._report(sequence)
         self._running = [s for s in self._running if s not in self.results]
+
+    def _report(self, sequence: Sequence) -> None:
+        self.results[sequence] = sequence.result()
+        self._close(sequence)
 
     def _close(self, sequence: Sequence) -> None:
         if sequence in self._owned:
