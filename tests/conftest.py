@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib.util
 import os
 import shutil
 import signal
@@ -52,6 +53,10 @@ def _why_no_small_pids() -> str | None:
     return f"needs a pid namespace: {result.stderr}" if result.returncode else None
 
 
+def _why_no_uvloop() -> str | None:
+    return None if importlib.util.find_spec("uvloop") else "needs uvloop"
+
+
 def _why_no_subinterpreters() -> str | None:
     return None if sys.version_info >= (3, 12) else "needs Python 3.12"
 
@@ -74,6 +79,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "strace": _why_no("strace"),
     "subinterpreters": _why_no_subinterpreters,
     "unshare": _why_no("unshare"),
+    "uvloop": _why_no_uvloop,
 }
 REQUIRED = set(filter(None, os.environ.get("MRELEASE_REQUIRE", "").split(",")))
 

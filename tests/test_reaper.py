@@ -113,6 +113,11 @@ def pidfds(pid):
             pass
     return found
 
+def call(tid):
+    # The number of the system call that a thread is in.
+    with open(f"/proc/self/task/{tid}/syscall") as text:
+        return text.read().split()[0]
+
 def until(done):
     end = time.monotonic() + LIMIT
     while not done() and time.monotonic() < end:
@@ -670,6 +675,29 @@ with victims.exit_stopped(sharer={sharer!r}) as spoilt, victims.victim() as othe
     assert reported(program) == [errno.EBADF, True]
 
 
+@pytest.mark.needs("strace", "release")
+def test_a_descriptor_closed_during_its_release_costs_no_worker() -> None:
+    with victims.exit_stopped() as victim, victims.exit_stopped() as other:
+        program = f"""
+from mrelease import _proc
+reaper = Reaper(1)
+future = reaper.kill({victim.pid}, timeout=None)
+until(lambda: _proc.anonymous({victim.pid}) == 0)
+for fd in pidfds({victim.pid}):
+    os.close(fd)
+try:
+    error = future.exception(10)
+    report(error and error.errno, reaper.kill({other.pid}).result(10).outcome)
+except TimeoutError:
+    report("no answer")
+"""
+        # The release is done, and its worker is held up on the way back from it.
+        call = "process_mrelease"
+        inject = f"inject={call}:delay_exit=500000:when=1"
+        strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
+        assert reported(program, *strace) == [errno.EBADF, "released"]
+
+
 @needs_release
 def test_with_fewer_descriptors_allowed_than_kills_begun_they_go_on() -> None:
     # poll(2) refuses to look at more descriptors than the limit allows.
@@ -1013,19 +1041,15 @@ def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it(
 
 @needs_blocked
 def test_at_exit_a_blocked_release_holds_nobody_up() -> None:
-    with victims.stuck_writer(1) as victim, victims.victim(1) as other:
+    with victims.stuck_writer(1) as stuck, victims.victim(1) as other:
         program = f"""
-from mrelease import Reaper
 reaper = Reaper(1)
-reaper.kill({victim.pid}, timeout=None)
-while True:
-    with open("/proc/self/task/" + max(os.listdir("/proc/self/task"), key=int)
-              + "/syscall") as call:
-        if call.read().startswith("{PROCESS_MRELEASE} "):
-            break
+reaper.kill({stuck.pid}, timeout=None)
+blocked = until(lambda: "448" in map(call, os.listdir("/proc/self/task")))
 reaper.kill({other.pid})
+sys.exit(not blocked)
 """
-        result = run_python("import os\n" + program)
+        result = run_python(PRELUDE + program)
         assert (result.returncode, result.stderr) == (0, "")
         other.wait_exit()
-        assert not victim.exited()
+        assert not stuck.exited()
