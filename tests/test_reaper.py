@@ -676,12 +676,13 @@ with victims.exit_stopped(sharer={sharer!r}) as spoilt, victims.victim() as othe
 
 
 @pytest.mark.needs("strace", "release")
-def test_a_descriptor_closed_during_its_release_costs_no_worker() -> None:
+@pytest.mark.parametrize("boost", [True, False])
+def test_a_descriptor_closed_during_its_release_costs_no_worker(boost: bool) -> None:
     with victims.exit_stopped() as victim, victims.exit_stopped() as other:
         program = f"""
 from mrelease import _proc
 reaper = Reaper(1)
-future = reaper.kill({victim.pid}, timeout=None)
+future = reaper.kill({victim.pid}, timeout=None, boost={boost})
 until(lambda: _proc.anonymous({victim.pid}) == 0)
 for fd in pidfds({victim.pid}):
     os.close(fd)
