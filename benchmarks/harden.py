@@ -198,7 +198,7 @@ def _swapped(pid: int) -> int:
 
 
 def _page_out(pidfd: Pidfd) -> None:
-    """Page out every mapping that may be: not those that are locked, or the kernel's."""
+    """Page out every mapping that may be: none that is locked, or the kernel's."""
     for line in Path(f"/proc/{pidfd.pid}/maps").read_text().splitlines():
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
         vector = struct.pack("@PN", start, end - start)
