@@ -10,7 +10,7 @@ from operator import index
 from queue import SimpleQueue
 from select import POLLIN, poll
 from threading import Condition, Thread, current_thread, get_native_id
-from time import monotonic
+from time import monotonic, sleep
 
 from ._kill import SIGKILL, KillResult, Options, Sequence
 from ._pidfd import INFINITY, LONGEST_POLL, Pidfd
@@ -285,7 +285,7 @@ class Pool:
                 exited = _poll(tasks, wakeup, until - monotonic())
             except OSError:
                 # More than RLIMIT_NOFILE, which has been lowered: one by one.
-                _poll((), wakeup, _PATIENCE)
+                sleep(_PATIENCE)
                 exited = None
             settled: list[tuple[_Task, KillResult | Exception | None]] = []
             with self._lock:
@@ -370,9 +370,11 @@ class Pool:
         if any(not task.settled for task in self._tasks):
             return True
         now = monotonic()
-        if any(task.running and now >= task.sequence.deadline for task in self._tasks):
-            return False
-        return bool(self._threads)
+        blocked = any(
+            task.running and (task.future.cancelled() or now >= task.sequence.deadline)
+            for task in self._tasks
+        )
+        return bool(self._threads) and not blocked
 
     def _look_if_cancelled(self, future: Future[KillResult]) -> None:
         if future.cancelled():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CAP_IPC_LOCK = 14
+_FIRST_USER_NAMESPACE = "user:[4026531837]"  # PROC_USER_INIT_INO of the kernel
 
 
 def harden(
@@ -83,7 +84,14 @@ def _may_lock_all() -> bool:
 
     if getrlimit(RLIMIT_MEMLOCK)[0] == RLIM_INFINITY:
         return True
-    return bool(int(fields("/proc/self/status")[b"CapEff"], 16) >> _CAP_IPC_LOCK & 1)
+    try:
+        # Root of another user namespace has the capability, but not for this.
+        if os.readlink("/proc/self/ns/user") != _FIRST_USER_NAMESPACE:
+            return False
+        capabilities = int(fields("/proc/self/status")[b"CapEff"], 16)
+    except OSError:  # no /proc to tell: then as if there were a limit
+        return False
+    return bool(capabilities >> _CAP_IPC_LOCK & 1)
 
 
 def _set_nice(nice: int) -> None:
