@@ -35,7 +35,11 @@ def opened(pid: int, flags: int = 0) -> Iterator[int]:
 
 
 def run_python(
-    program: str, *, under: tuple[str, ...] = (), options: tuple[str, ...] = ()
+    program: str,
+    *,
+    under: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+    timeout: float = 50,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program that may import the tests' modules, in a fresh interpreter."""
     path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -43,6 +47,6 @@ def run_python(
         [*under, sys.executable, *options, "-c", program],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=timeout,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )

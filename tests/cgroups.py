@@ -19,7 +19,7 @@ from errno import ENODEV, ENOENT, EOPNOTSUPP
 from pathlib import Path
 from typing import Literal
 
-TIMEOUT = 30  # seconds for what takes milliseconds: emulated machines are slow
+TIMEOUT = 120  # seconds for what takes one at most: emulated machines are slow
 
 # A v2 cgroup, a v1 cgroup of whatever hierarchy there is, or one of either version with
 # this controller.

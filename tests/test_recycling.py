@@ -204,15 +204,15 @@ def torture(mode: str, version: Literal["v2", "v1"], number: int = RECYCLED) -> 
         group.mkdir()
         parameters = (mode, str(top), str(group), number)
         program = PROGRAM.replace("PARAMETERS", repr(parameters))
-        result = run_python(
-            program, under=("unshare", "--fork", "--pid", "--mount-proc")
-        )
+        under = ("unshare", "--fork", "--pid", "--mount-proc")
+        result = run_python(program, under=under, timeout=280)
         assert (result.returncode, result.stderr) == (0, "")
         figures = json.loads(result.stdout)
         print(figures)  # pytest -rP shows it
         return figures
 
 
+@pytest.mark.timeout(300)  # for emulated machines; 5 seconds on others
 @pytest.mark.needs("root", "pidns", "cgroup2", "unshare")
 @pytest.mark.parametrize(
     ("mode", "version"),
