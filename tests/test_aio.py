@@ -345,6 +345,7 @@ def test_a_cancelled_kill_comes_and_leaks_nothing(run: Run[Any]) -> None:
 @needs_release
 def test_cancelling_a_kill_that_waits_closes_its_descriptor(run: Run[Any]) -> None:
     async def main() -> None:
+        await asyncio.sleep(0.01)  # in which the loop begins to watch what it needs
         watched = readers()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
@@ -511,6 +512,7 @@ def test_two_may_wait_on_one_pidfd_and_it_stays_as_it_is(run: Run[Any]) -> None:
 
 def test_a_cancelled_wait_leaves_no_descriptor_and_no_reader(run: Run[Any]) -> None:
     async def main() -> None:
+        await asyncio.sleep(0.01)  # in which the loop begins to watch what it needs
         watched = readers()
         waiting = asyncio.ensure_future(aio.wait(victim.pid))
         await asyncio.sleep(0.01)
