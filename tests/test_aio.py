@@ -132,7 +132,7 @@ def test_memory_shared_with_a_living_process_is_busy_at_the_timeout(
     run: Run[Any],
 ) -> None:
     with victims.exit_stopped(sharer="clone") as victim:
-        result = run(aio.kill(victim.pid, timeout=0.05))
+        result = run(aio.kill(victim.pid, timeout=0.5))
         assert (result.outcome, result.errno) == ("busy", errno.EINVAL)
 
 
