@@ -309,8 +309,8 @@ def read(name):
     except OSError as error:
         return error.errno
 
-# What every process changes by running.
-RUNNING = "Vm", "Rss", "voluntary", "nonvoluntary", "State", "Cpus_", "Mems_"
+# What changes by itself: SigQ counts what all processes of the user have.
+RUNNING = "Vm", "Rss", "voluntary", "nonvoluntary", "State", "SigQ"
 
 def snapshot():
     lines = read("status").splitlines()

@@ -487,6 +487,23 @@ def test_a_reaper_closes_while_a_release_is_blocked_and_ends_after_it() -> None:
         reaper.close()
 
 
+@needs_blocked
+def test_closing_does_not_wait_for_a_blocked_release_that_nobody_waits_for() -> None:
+    with victims.stuck_writer(1) as victim:
+        reaper = Reaper(1)
+        future = reaper.kill(victim.pid, timeout=None)
+        _until(lambda: blocked_threads() == 1, "the release")
+        assert future.cancel()
+        closing = threading.Thread(target=reaper.close)
+        closing.start()
+        closing.join(10)
+        closed = not closing.is_alive()
+        assert blocked_threads() == 1
+        victim.unstick()
+        closing.join(LIMIT)
+        assert closed
+
+
 # ---- Closing
 
 
@@ -589,6 +606,15 @@ def test_a_cancelled_kill_that_waits_for_a_worker_is_released_all_the_same() -> 
         stuck[0].unstick()
         _until(lambda: victim.anon() == 0, "the release")
         assert wait([future, *futures], timeout=LIMIT).not_done == set()
+
+
+@needs_release
+def test_a_cancelled_kill_that_settles_is_released_all_the_same() -> None:
+    with victims.exit_stopped() as victim, Reaper(1) as reaper:
+        future = reaper.kill(victim.pid, settle=0.1, timeout=None)
+        victim.wait_exit_stop()
+        future.cancel()
+        _until(lambda: victim.anon() == 0, "the release")
 
 
 def test_a_finished_kill_cannot_be_cancelled() -> None:
@@ -1027,6 +1053,29 @@ for pid in {pids}:
         _until(lambda: set(crowd.running()) == {crowd.root}, "the crowd to die")
 
 
+def test_at_exit_a_kill_is_sent_that_is_begun_there() -> None:
+    # What was registered first is called last, when the Reaper has seen to its own.
+    for boost in (True, False) * 2:
+        with victims.victim(1) as victim:
+            program = f"""
+import atexit
+from mrelease import Reaper
+atexit.register(lambda: reaper.kill({victim.pid}, boost={boost}))
+reaper = Reaper(1)
+"""
+            result = run_python(program)
+            assert (result.returncode, result.stderr) == (0, "")
+            _until_exit(victim)
+
+
+def _until_exit(victim: victims.Victim) -> None:
+    """Wait for an exit that comes at once, or never."""
+    end = time.monotonic() + 2
+    while not victim.exited() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert victim.exited()
+
+
 @pytest.mark.needs("strace")
 @pytest.mark.parametrize("boost", [True, False])
 def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it(
@@ -1043,10 +1092,7 @@ def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it(
         strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
         result = run_python(program, under=strace)
         assert result.returncode == 0
-        end = time.monotonic() + 2
-        while not victim.exited() and time.monotonic() < end:
-            time.sleep(0.01)
-        assert victim.exited()
+        _until_exit(victim)
 
 
 @needs_blocked

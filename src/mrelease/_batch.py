@@ -7,7 +7,7 @@ from errno import EINVAL, EMFILE, ENFILE
 from time import monotonic
 
 from . import _proc
-from ._kill import KillResult, Options, Sequence, finish
+from ._kill import SIGKILL, KillResult, Options, Sequence, finish
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,7 +74,12 @@ class Batch:
     def flush(self) -> None:
         """Kill what was added: the largest first, each released before the next."""
         queued, self._queued = self._queued, []
-        sizes = {s: s.weigh() for s in queued if self._try(s, s.check)}
+        for sequence in queued:
+            if sequence.signal == SIGKILL:
+                sequence.weigh()
+                self._try(sequence, sequence.help_out)
+        to_kill = [s for s in queued if s.to_kill]
+        sizes = {s: s.weigh() for s in to_kill if self._try(s, s.check)}
         # A stuck one might block its release; and it loses no race by waiting for it.
         stuck = {s for s in sizes if _proc.stuck(s.pidfd.pid)}
         for sequence in stuck:
@@ -141,7 +146,7 @@ class Refused(OSError, ValueError):
     """A ValueError that can stand among OSErrors."""
 
 
-def as_os_error(error: OSError | ValueError) -> OSError:
+def as_os_error(error: OSError | ValueError | OverflowError) -> OSError:
     return error if isinstance(error, OSError) else Refused(EINVAL, str(error))
 
 

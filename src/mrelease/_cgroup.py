@@ -169,6 +169,8 @@ def find(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Cgroup:
     if name is None:
         raise ValueError(f"{path} is not a cgroup directory")
     cgroup = Cgroup(path, directory, name, options)
+    if not os.path.samestat(info, os.stat(directory)):
+        raise ValueError(f"{path} is in another mount namespace")
     try:
         _proc.read(f"{directory}/cgroup.procs")
     except OSError as error:
@@ -179,7 +181,7 @@ def find(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Cgroup:
 def _in_hierarchy(directory: str, device: int) -> tuple[str | None, frozenset[str]]:
     """What /proc/PID/cgroup calls a directory, and the options of its mount if v1."""
     found: tuple[str | None, str, frozenset[str]] = None, "", frozenset()
-    for line in os.fsdecode(_proc.read("/proc/self/mountinfo")).splitlines():
+    for line in os.fsdecode(_proc.read("/proc/self/mountinfo")).split("\n")[:-1]:
         mount, _, kind = line.partition(" - ")
         _, _, number, root, point = map(_unescape, mount.split(" ")[:5])
         fstype, _, options = kind.split(" ", 2)
@@ -187,7 +189,7 @@ def _in_hierarchy(directory: str, device: int) -> tuple[str | None, frozenset[st
             fstype in ("cgroup", "cgroup2")
             and number == f"{os.major(device)}:{os.minor(device)}"
             and f"{directory}/".startswith(f"{point}/")
-            and len(point) > len(found[1])  # mounted on top of the others
+            and len(point) >= len(found[1])  # mounted on top of the others
         ):
             name = root.rstrip("/") + directory[len(point) :] or "/"
             v1 = options.split(",") if fstype == "cgroup" else []

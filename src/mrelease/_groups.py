@@ -43,7 +43,8 @@ def kill_all(
 
     Starved processes come back sooner so than all killed at once. The options are
     kill()'s; the waiting, up to timeout seconds from a process's SIGKILL, is for all
-    of them together, after the last kill.
+    of them together, after the last kill. Targets beyond a quarter of RLIMIT_NOFILE
+    come after those before them, whatever their size.
 
     Returns one result a target, in order. One that cannot be opened or killed gives
     its exception, and the rest are still killed; what kill() refuses with ValueError
@@ -94,14 +95,17 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
 
     The options are kill()'s, timeout as for kill_all(). Returns a result for each
     process that was seen. One that had exited before it could be opened is "exited"
-    with 0 attempts; one that may not be signalled is "alive", its errno EPERM. With no
-    descriptor left cgroup.kill still kills, from a forked child, and nothing is
-    released: the results say "exiting", their errno is EMFILE or ENFILE.
+    with 0 attempts; one that may not be signalled, or that /proc hides so that it is
+    not proven, is "alive", its errno EPERM. Members of other pid namespaces have no pid
+    here: only cgroup.kill kills them. With no descriptor left cgroup.kill still kills,
+    from a forked child, and nothing is released: the results say "exiting", their errno
+    is EMFILE.
 
     Raises ValueError for the root cgroup, the caller's own and those above it, one
     that holds pid 1, and what is no cgroup; FileNotFoundError and the like if it
-    cannot be read; PermissionError if none of its processes may be signalled: all with
-    the path, and with nothing killed. Linux 5.15 for the release. Thread-safe.
+    cannot be read; PermissionError if none of its processes may be signalled; OSError
+    with ENOSYS without the /proc of the pid namespace: all with the path, and with
+    nothing killed. Linux 5.15 for the release. Thread-safe.
     """
     settings = Options(**options)
     try:
@@ -115,7 +119,7 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     try:
         with Batch(settings) as batch:
             if killer is None:
-                return _kill_one_by_one(cgroup, batch)
+                return _kill_one_by_one(cgroup, pids, batch)
             return _kill_by_file(cgroup, killer, pids, batch)
     finally:
         if killer is not None:
@@ -179,7 +183,7 @@ def _begin(target: Target, batch: Batch) -> Sequence | OSError:
         if isinstance(target, Pidfd):
             return batch.add(target, own=False)
         return batch.add(batch.open(Pidfd.open, target))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         return as_os_error(error)
 
 
@@ -241,6 +245,11 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
             if sizes[part, pid] < large or monotonic() > end:
                 return
             if pidfd := batch.open(part.open, pid):
+                try:
+                    check_victim(pidfd)
+                except OSError:  # cgroup.kill needs no right to signal
+                    pidfd.close()
+                    continue
                 batch.add(pidfd)
                 batch.flush()
     except OSError as error:
@@ -284,7 +293,7 @@ def _rest(
     ]
 
 
-def _kill_one_by_one(cgroup: Cgroup, batch: Batch) -> list[KillResult]:
+def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[KillResult]:
     """Kill until nobody is left who is not dying."""
     with Stops() as stops:
         while _kill_living(cgroup, batch):
@@ -295,6 +304,12 @@ def _kill_one_by_one(cgroup: Cgroup, batch: Batch) -> list[KillResult]:
         _forget_killed(stops, batch)
     batch.finish()
     results = batch.killed(batch.begun)
+    begun = {sequence.pidfd.pid for sequence in batch.begun}
+    left = {pid for part in cgroup.walk() for pid in part.pids()} - begun
+    # /proc hides whose these are, or they were born too late and ignore SIGKILL.
+    results += [unopened(pid, batch.options, "alive", errno=EPERM) for pid in left]
+    gone = {*pids} - begun - left
+    results += [unopened(pid, batch.options, "exited") for pid in gone]
     if results and all(result.outcome == "alive" for result in results):
         raise PermissionError(EPERM, os.strerror(EPERM), cgroup.path)
     return results
@@ -306,13 +321,11 @@ def _forget_killed(stops: Stops, batch: Batch) -> None:
             stops.forget(sequence.pidfd.pid)
 
 
-def _kill_living(cgroup: Cgroup, batch: Batch) -> int:
-    count = 0
-    for pidfd in _living(cgroup, batch):
-        batch.add(pidfd)
-        count += 1
+def _kill_living(cgroup: Cgroup, batch: Batch) -> bool:
+    """Kill who is not dying; say whether there was any that could be killed."""
+    fresh = [batch.add(pidfd) for pidfd in _living(cgroup, batch)]
     batch.flush()
-    return count
+    return any(not isinstance(batch.results.get(one), OSError) for one in fresh)
 
 
 def _stop_living(cgroup: Cgroup, batch: Batch, stops: Stops) -> int:
@@ -339,7 +352,8 @@ def _living(cgroup: Cgroup, batch: Batch) -> Iterator[Pidfd]:
             if pidfd is None:
                 continue
             dying = _proc.dying(pid)
-            if dying or (dying is None and pid in tried):
+            unsure = dying is None and pid in tried
+            if dying or unsure or _proc.is_kernel_thread(pid):
                 pidfd.close()
             else:
                 yield pidfd
@@ -366,7 +380,8 @@ def _kill_in_child(path: str, options: Options, lack: OSError) -> list[KillResul
 
     answer, killed = _child.run(kill, _PIDS_ROOM)
     if not answer:
-        raise OSError(EINTR, f"The child was killed by signal {killed}", path)
+        how = f"was killed by signal {killed}" if killed else "gave no answer"
+        raise OSError(EINTR, f"The child that was to kill {how}", path)
     errno, message, pids = loads(answer)
     if errno:
         raise OSError(errno, message, path)

@@ -114,6 +114,8 @@ class _Command:
     def trees(self, pids: list[int]) -> None:
         with ExitStack() as stack:
             for root in self._open(pids, stack):
+                if any(result.pid == root.pid for result in self._results):
+                    continue  # it was in the tree of another
                 try:
                     self._tree(root)
                 except (OSError, ValueError) as error:
@@ -125,8 +127,8 @@ class _Command:
         if self._dry_run:
             self._list([*members, root.pid])
             return
-        for result in self._kill_tree(root, members):
-            self._say(result.pid, result)
+        for pid, result in self._kill_tree(root, members).items():
+            self._say(pid, result)
 
     def cgroup(self, path: str) -> None:
         try:
@@ -181,24 +183,34 @@ class _Command:
         self._names.update((pid, _proc.name(pid)) for pid in fresh)
         self._sizes.update((pid, _proc.anonymous(pid) or 0) for pid in fresh)
 
-    def _kill_tree(self, root: Pidfd, members: dict[int, int]) -> list[KillResult]:
+    def _kill_tree(
+        self, root: Pidfd, members: dict[int, int]
+    ) -> dict[int, KillResult | OSError]:
         if self._grace is None:
-            return self._watch(lambda: kill_tree(root, **self._kill))
+            results = self._watch(lambda: kill_tree(root, **self._kill))
+            return {result.pid: result for result in results}
         with ExitStack() as stack:
             asked = [root]
             for pid, started in members.items():
                 with suppress(ProcessLookupError, ValueError):
                     asked.append(stack.enter_context(open_known(pid, started)))
             done = self._ask(asked)
-            killed: list[KillResult] = []
-            if root not in done:
-                killed = self._watch(lambda: kill_tree(root, **self._kill))
-            # Whose parents have obeyed, so that they are not found below the root.
-            seen = {result.pid for result in killed}
-            left = [p for p in asked if p not in done and p.pid not in seen]
-            rest = self._watch(lambda: kill_all(left, **self._kill))
-        orphans = [result for result in rest if isinstance(result, KillResult)]
-        return [*done.values(), *orphans, *killed]
+            killed: dict[int, KillResult | OSError] = {}
+            # After the root those whose parents have obeyed: they are not below it.
+            for pidfd in asked:
+                if pidfd not in done and pidfd.pid not in killed:
+                    killed |= self._kill_one_tree(pidfd)
+        obeyed = {pidfd.pid: result for pidfd, result in done.items()}
+        return obeyed | killed
+
+    def _kill_one_tree(self, root: Pidfd) -> dict[int, KillResult | OSError]:
+        try:
+            results = self._watch(lambda: kill_tree(root, **self._kill))
+        except ProcessLookupError:
+            return {}  # it has obeyed after all
+        except OSError as error:
+            return {root.pid: error}
+        return {result.pid: result for result in results}
 
     def _kill_cgroup(self, path: str) -> list[KillResult]:
         with ExitStack() as stack:
@@ -206,7 +218,10 @@ class _Command:
             if self._grace is not None:
                 asked += map(stack.enter_context, cgroup_pidfds(path))
             done = self._ask(asked)
-            killed = self._watch(lambda: kill_cgroup(path, **self._kill))
+            try:
+                killed = self._watch(lambda: kill_cgroup(path, **self._kill))
+            except FileNotFoundError:
+                killed = []  # it was removed, and so was empty
         return [*done.values(), *killed]
 
     def _ask(self, pidfds: list[Pidfd]) -> dict[Pidfd, KillResult]:
@@ -270,7 +285,8 @@ class _Command:
         all_of_it = sum(self._sizes[pid] for pid in largest)
         back = 1 - min(1.0, held / all_of_it) if all_of_it else 0.0
         bar = "#" * round(_BAR * back)
-        who = f"{len(self.pids)} processes" if len(self.pids) > 1 else f"{self.pids[0]}"
+        count = len(self.pids)
+        who = str(self.pids[0]) if count == 1 else f"{count} processes"
         waited = monotonic() - self._start
         return f"{who}: {waited:.1f} s [{bar:<{_BAR}}] {held / _MIB:.1f} MiB held"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from errno import ENOSYS
+from errno import ENOSYS, EOPNOTSUPP
 from io import TextIOWrapper
 
 TYPE_CHECKING = False
@@ -88,5 +88,5 @@ def status_of_error(error: Exception) -> int:
         return NO_PROCESS
     if isinstance(error, PermissionError):
         return NOT_PERMITTED
-    unsupported = isinstance(error, OSError) and error.errno == ENOSYS
+    unsupported = isinstance(error, OSError) and error.errno in (ENOSYS, EOPNOTSUPP)
     return NOT_SUPPORTED if unsupported else LATE

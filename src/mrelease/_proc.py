@@ -8,6 +8,7 @@ is the /proc of another pid namespace, whose numbers mean other processes.
 from __future__ import annotations
 
 import os
+from errno import EMFILE, ENFILE
 
 # /proc/PID/stat, field 9 (proc_pid_stat(5)); the values are in the kernel's
 # include/linux/sched.h and have not changed in 5.10 to 7.3.
@@ -100,9 +101,9 @@ def processes() -> dict[int, tuple[int, int]]:
     return {pid: found for pid in pids if (found := _process(pid))}
 
 
-def stopped(pid: int) -> bool:
-    """Whether every thread is stopped, by a signal or a tracer, or has ended."""
-    return all(state in b"TtZX" for state in _states(pid))
+def stopped(pid: int, *, traced: bool = False) -> bool:
+    """Whether every thread is stopped, or has ended; traced: or stopped by a tracer."""
+    return all(state in (b"TtZX" if traced else b"TZX") for state in _states(pid))
 
 
 def stuck(pid: int) -> bool:
@@ -142,7 +143,9 @@ def _process(pid: int) -> tuple[int, int] | None:
         if not is_ours():
             return None
         stat = _stat(f"/proc/{pid}")
-    except OSError:  # the module says why
+    except OSError as error:
+        if error.errno in (EMFILE, ENFILE):  # not that there is no such process
+            raise
         return None
     return int(stat[1]), int(stat[19])
 

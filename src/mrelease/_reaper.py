@@ -117,6 +117,7 @@ class _Task:
         deadline = INFINITY if self.settled else self.sequence.deadline
         if self.queued or self.running:
             return deadline
+        # Its next release may be due though nobody waits for the result.
         return min(deadline, self.sequence.due)
 
 
@@ -136,6 +137,7 @@ class Pool:
         self._tasks: set[_Task] = set()
         self._idle = 0  # workers
         self._closing = False
+        self._exiting = False  # the interpreter, and with it the threads
         self._threads: set[Thread] = set()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
@@ -325,8 +327,9 @@ class Pool:
             task.settled = True
         if task.running:
             return result
-        # A kill that is not due yet comes, whether or not anybody waits for it.
-        if exited or (task.settled and not task.queued and not sequence.to_kill):
+        # What is due yet comes, whether or not anybody waits for it.
+        is_idle = sequence.due > sequence.deadline or sequence.due == INFINITY
+        if exited or (task.settled and not task.queued and is_idle):
             self._retire(task)
         elif not task.queued:
             self._begin_if_due(task, now)
@@ -345,7 +348,8 @@ class Pool:
         sequence = task.sequence
         if sequence.due > now:
             return
-        if sequence.to_kill and self._idle <= len(self._queue):
+        is_free = self._idle > len(self._queue) and not self._exiting
+        if sequence.to_kill and not is_free:
             sequence.send()
             if sequence.due > monotonic():
                 return
@@ -377,7 +381,7 @@ class Pool:
         return bool(self._threads) and not blocked
 
     def _look_if_cancelled(self, future: Future[KillResult]) -> None:
-        if future.cancelled():
+        if future.cancelled() and self.pid == os.getpid():
             with self._lock:
                 self._wake()
 
@@ -397,6 +401,7 @@ class Pool:
             return
         now = monotonic()
         with self._lock:
+            self._exiting = True
             for task in self._tasks:
                 sequence = task.sequence
                 if task.running or (sequence.to_kill and sequence.due <= now):

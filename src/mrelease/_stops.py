@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from errno import EMFILE, ENFILE
 from mmap import mmap
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from struct import Struct
 
 from . import _proc
-from ._child import fork, signals_blocked
+from ._child import fork, run, signals_blocked
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -23,8 +24,9 @@ _ROOM = 1 << 16  # entries; more than can be stopped before they are killed
 class Stops:
     """A context manager, at whose end the processes that it stopped go on.
 
-    Should the caller be killed before that, a forked child lets them go on. Where none
-    can be had, for want of processes, memory or descriptors, they would stay stopped.
+    Should the caller be killed before that, a forked child lets them go on, unless it
+    is killed with it, as of one cgroup or process group. Where no child can be had, for
+    want of processes, memory or descriptors, they would stay stopped.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class Stops:
         self._started.pop(pid, None)
 
     def _note(self, pid: int, started: int) -> None:
-        if not self._started:
+        if self._list is None:
             self._start_guard()
         self._started[pid] = started
         if self._list is not None:
@@ -69,9 +71,10 @@ class Stops:
                 pid = fork(lambda: _guard(caller, shared))
                 try:
                     self._guard = Pidfd.open(pid)
-                except OSError:
+                except BaseException:
                     os.kill(pid, SIGKILL)  # nobody but this has reaped it so far
                     os.waitpid(pid, 0)
+                    raise
         except (OSError, RuntimeError):  # the class says why
             return
 
@@ -80,24 +83,38 @@ class Stops:
 
     def __exit__(self, *_: object) -> None:
         try:
-            for pid, started in self._started.items():
-                _let_go_on(pid, started)
+            with signals_blocked():
+                if not all(_let_go_on(*one) for one in self._started.items()):
+                    run(self._let_all_go_on)
         finally:
             if self._guard:
                 _end(self._guard)
 
+    def _let_all_go_on(self) -> bytes:
+        """In a child, which can close its copies of the descriptors."""
+        _close_all()
+        for pid, started in self._started.items():
+            _let_go_on(pid, started)
+        return b""
+
 
 def open_known(pid: int, started: int) -> Pidfd:
     """Open a process that is known by its pid and start time."""
-    return Pidfd.open(pid, verify=lambda pid: _proc.started(pid) == started)
+
+    def is_known(pid: int) -> bool:
+        return _proc.started(pid) == started
+
+    return Pidfd.open(pid, verify=is_known)
 
 
-def _let_go_on(pid: int, started: int) -> None:
+def _let_go_on(pid: int, started: int) -> bool:
+    """Let one go on; False for want of descriptors."""
     try:
         with open_known(pid, started) as pidfd:
             pidfd.send_signal(SIGCONT)
-    except (OSError, ValueError):  # it has gone, or its pid is a thread's now
-        pass
+    except (OSError, ValueError) as error:  # gone, or its pid is a thread's now
+        return getattr(error, "errno", 0) not in (EMFILE, ENFILE)
+    return True
 
 
 def _end(guard: Pidfd) -> None:

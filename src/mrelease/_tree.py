@@ -44,7 +44,9 @@ class Tree:
         end = monotonic() + _STOP_PATIENCE
         while self._running and monotonic() < end:
             sleep(_STOP_PAUSE)
-            self._running = [pid for pid in self._running if not _proc.stopped(pid)]
+            self._running = [
+                pid for pid in self._running if not _proc.stopped(pid, traced=True)
+            ]
 
     def look(self) -> list[tuple[int, int]]:
         """Look once for descendants that are not known; stop and return them."""
