@@ -326,3 +326,11 @@ def test_without_a_descriptor_nothing_is_killed_but_what_is_open() -> None:
             assert isinstance(error, OSError)
             assert error.errno == errno.EMFILE
         assert (found[0].state(), found[2].state()) == ("S", "S")
+
+
+def test_a_number_that_is_no_pid_keeps_nobody_else_alive() -> None:
+    with sleepers(1) as (victim,):
+        result, error = kill_all([victim.pid, 2**40], wait=True)
+        assert isinstance(result, KillResult)
+        assert isinstance(error, ValueError)
+        assert victim.exited()

@@ -16,6 +16,7 @@ import cgroups
 import victims
 from calls import run_python
 from mrelease import KillResult, Pidfd, _proc, kill_tree
+from mrelease._stops import Stops
 from test_faults import inject
 from victims import NOBODY, apart, family
 
@@ -565,3 +566,24 @@ with Pidfd.open({victim.pid}) as pidfd, Stops() as stops:
             # Nobody else has the other end.
             assert caller.stdout.read() == b""
         victim.wait_state("S")
+
+
+@pytest.mark.needs("root")
+def test_one_child_guards_all_that_are_stopped_and_ends_with_the_stops() -> None:
+    def stop_thrice() -> list[int]:
+        guards = set()
+        with Stops() as stops, Pidfd.open(victim.pid) as pidfd:
+            for _ in range(3):
+                assert not stops.stop(pidfd)
+                guards |= {
+                    pid
+                    for pid, (ppid, _) in _proc.processes().items()
+                    if ppid == os.getpid()
+                }
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        return sorted(guards)
+
+    with victims.victim(1) as victim:
+        assert len(apart(stop_thrice, uid=NOBODY)) == 1
+        assert victim.state() == "S"
