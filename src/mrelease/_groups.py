@@ -306,7 +306,7 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
     results = batch.killed(batch.begun)
     begun = {sequence.pidfd.pid for sequence in batch.begun}
     left = {pid for part in cgroup.walk() for pid in part.pids()} - begun
-    # /proc hides whose these are, or they were born too late and ignore SIGKILL.
+    # Not to be proven members, as /proc hides them; or kernel threads.
     results += [unopened(pid, batch.options, "alive", errno=EPERM) for pid in left]
     gone = {*pids} - begun - left
     results += [unopened(pid, batch.options, "exited") for pid in gone]
