@@ -53,6 +53,13 @@ NAMES += [f"{name}{way}" for name in NAMES[3:] for way in "ab"]
 # ---- Whom it finds
 
 
+def wait_asleep(tree: victims.Family, pids: set[int]) -> None:
+    """Wait until these are what runs of a tree, asleep: they may not be there yet."""
+    victims._until(
+        lambda: tree.running() == dict.fromkeys(pids, "S"), f"{pids} to sleep"
+    )
+
+
 def test_all_descendants_are_killed_and_the_root_is_the_last_result() -> None:
     with family(NESTED, *NAMES) as tree:
         results = kill_tree(tree.root, wait=True, timeout=None)
@@ -70,7 +77,7 @@ def test_a_branch_is_killed_and_the_rest_lives() -> None:
         results = kill_tree(tree.pids["ra"], wait=True, timeout=None)
         assert exited(results) == sorted(branch)
         assert results[-1].pid == tree.pids["ra"]
-        assert tree.running() == dict.fromkeys({*tree.pids.values()} - branch, "S")
+        wait_asleep(tree, {*tree.pids.values()} - branch)
 
 
 def test_a_process_without_children_is_a_tree() -> None:
@@ -435,7 +442,7 @@ def test_bad_options_are_refused_before_anything_is_done(options: Any) -> None:
     with family(NESTED, *NAMES) as tree:
         with pytest.raises((TypeError, ValueError)):
             kill_tree(tree.root, **options)
-        assert tree.running() == dict.fromkeys({*tree.pids.values()}, "S")
+        wait_asleep(tree, {*tree.pids.values()})
 
 
 @pytest.mark.needs("root")
@@ -443,7 +450,7 @@ def test_another_users_tree_is_refused_and_nobody_is_stopped() -> None:
     with family(NESTED, *NAMES) as tree:
         with pytest.raises(PermissionError):
             apart(lambda: kill_tree(tree.root), uid=NOBODY)
-        assert tree.running() == dict.fromkeys({*tree.pids.values()}, "S")
+        wait_asleep(tree, {*tree.pids.values()})
 
 
 @pytest.mark.needs("root")
@@ -542,7 +549,7 @@ def test_without_descriptors_nobody_is_killed_or_left_stopped() -> None:
             apart(lambda: kill_tree(tree.root), descriptors=3)
         # A signal is taken when the process next runs.
         time.sleep(0.01)
-        assert tree.running() == dict.fromkeys({*tree.pids.values()}, "S")
+        wait_asleep(tree, {*tree.pids.values()})
 
 
 def test_whom_it_stopped_goes_on_if_the_caller_is_killed() -> None:
