@@ -223,17 +223,17 @@ with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
 
 @strace
 @pytest.mark.parametrize(
-    ("fault", "error"),
+    ("function", "fault", "error"),
     [
-        ("pidfd_open:error=EMFILE", "EMFILE"),
-        ("pidfd_open:error=ENOSYS", "ENOSYS"),
-        ("pidfd_open:error=EPERM", "EPERM"),
-        ("pidfd_send_signal:error=EPERM:when=1", "EPERM"),
-        ("pidfd_send_signal:error=EPERM:when=2", "EPERM"),
-        ("pidfd_send_signal:error=ESRCH:when=2", "ESRCH"),
+        ("kill", "pidfd_open:error=EMFILE", "EMFILE"),
+        ("kill", "pidfd_open:error=ENOSYS", "ENOSYS"),
+        ("kill", "pidfd_send_signal:error=EPERM:when=1", "EPERM"),
+        ("kill", "pidfd_send_signal:error=EPERM:when=2", "EPERM"),
+        ("kill", "pidfd_send_signal:error=ESRCH:when=2", "ESRCH"),
+        ("terminate", "pidfd_open:error=EPERM", "EPERM"),
+        ("terminate", "pidfd_send_signal:error=EPERM:when=2", "EPERM"),
     ],
 )
-@pytest.mark.parametrize("function", ["kill", "terminate"])
 def test_where_nothing_can_be_sent_nothing_is_changed(
     function: str, fault: str, error: str
 ) -> None:
