@@ -114,6 +114,8 @@ class _Task:
 
     def due(self) -> float:
         """When the watcher has to look at it again, if it has not exited by then."""
+        if self.future.cancelled() and not self.settled:
+            return 0.0  # at once: the wake-up may have been taken before it was seen
         deadline = INFINITY if self.settled else self.sequence.deadline
         if self.queued or self.running:
             return deadline
