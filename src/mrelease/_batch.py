@@ -12,9 +12,8 @@ from ._kill import SIGKILL, KillResult, Options, Sequence, finish
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import ParamSpec, Self, TypeVar
+    from typing import Literal, ParamSpec, Self, TypeVar
 
-    from ._kill import Outcome
     from ._pidfd import Pidfd
 
     _P = ParamSpec("_P")
@@ -153,7 +152,7 @@ def as_os_error(error: OSError | ValueError | OverflowError) -> OSError:
 def unopened(
     pid: int,
     options: Options,
-    outcome: Outcome,
+    outcome: Literal["exited", "exiting", "alive"],
     *,
     signal: int | None = None,
     errno: int = 0,

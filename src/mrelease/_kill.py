@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ._types import Target
 
-    Outcome: TypeAlias = Literal[
+    _Outcome: TypeAlias = Literal[
         "released",
         "exited",
         "exiting",
@@ -39,7 +39,7 @@ _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
 _PASSING = (EAGAIN, EINVAL)
-_OUTCOMES: dict[int, Outcome] = {
+_OUTCOMES: dict[int, _Outcome] = {
     0: "released",
     EAGAIN: "partial",
     EINVAL: "busy",
@@ -82,7 +82,7 @@ class KillResult:
     )
 
     pid: int
-    outcome: Outcome
+    outcome: _Outcome
     released: bool
     exited: bool
     signal: int | None
@@ -94,7 +94,7 @@ class KillResult:
     def __init__(
         self,
         pid: int,
-        outcome: Outcome,
+        outcome: _Outcome,
         released: bool,
         exited: bool,
         signal: int | None,
@@ -492,7 +492,7 @@ class Sequence:
             self.due = monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
-    def _outcome(self, pid: int, exited: bool) -> Outcome:
+    def _outcome(self, pid: int, exited: bool) -> _Outcome:
         # None: it obeyed, was given time to settle, or the release has not returned.
         if self.errno is None:
             return "exited" if exited else "exiting"
