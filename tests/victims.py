@@ -946,12 +946,9 @@ def _change(uid: int | None, descriptors: int | None, join: Path | None) -> None
 
 
 def _freezer_mount() -> Path | None:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        kind, _, options = rest.split(" ", 2)
-        if kind == "cgroup" and "freezer" in options.split(","):
-            # A space in the path is written as \040.
-            return Path(fields.split(" ")[4].encode().decode("unicode_escape"))
+    for kind, options, path in cgroups.mounts():
+        if kind == "cgroup" and "freezer" in options:
+            return path
     return None
 
 

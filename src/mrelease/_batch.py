@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from errno import EINVAL, EMFILE, ENFILE
+from errno import EINVAL
+from functools import partial
 from time import monotonic
 
 from . import _proc
-from ._kill import SIGKILL, KillResult, Options, Sequence, finish
+from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim, finish
+from ._proc import NO_DESCRIPTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     _P = ParamSpec("_P")
     _T = TypeVar("_T")
 
-NO_DESCRIPTOR = (EMFILE, ENFILE)
 _MOST = 1024
 _PATIENCE = 0.05  # seconds that the next kills may wait for room
 
@@ -78,7 +79,11 @@ class Batch:
                 sequence.weigh()
                 self._try(sequence, sequence.help_out)
         to_kill = [s for s in queued if s.to_kill]
-        sizes = {s: s.weigh() for s in to_kill if self._try(s, s.check)}
+        sizes = {
+            s: s.weigh()
+            for s in to_kill
+            if self._try(s, partial(check_victim, s.pidfd))
+        }
         # A stuck one might block its release; and it loses no race by waiting for it.
         stuck = {s for s in sizes if _proc.stuck(s.pidfd.pid)}
         for sequence in stuck:

@@ -59,6 +59,10 @@ class Cgroup:
             raise
         return [pid for pid in dict.fromkeys(map(int, listed)) if pid > 0]
 
+    def all_pids(self) -> list[int]:
+        """The pids that are listed here and below."""
+        return [pid for cgroup in self.walk() for pid in cgroup.pids()]
+
     def open(self, pid: int) -> Pidfd | None:
         """Open a process if it is a member, and still running."""
         try:

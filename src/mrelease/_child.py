@@ -65,6 +65,16 @@ def signals_blocked() -> Generator[None]:
         pthread_sigmask(SIG_SETMASK, before)
 
 
+def close_all() -> None:
+    """In a child: close every descriptor. Somebody may wait for the end of a pipe."""
+    os.closerange(0, 256)  # and so have one for the directory
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.close(int(name))
+        except OSError:  # that of the directory
+            continue
+
+
 def _reap(child: int) -> int:
     """Wait for a child's end; return the signal that killed it."""
     try:

@@ -9,9 +9,10 @@ from marshal import dumps, loads
 from time import monotonic
 
 from . import _cgroup, _child, _proc
-from ._batch import NO_DESCRIPTOR, Batch, as_os_error, unopened
+from ._batch import Batch, as_os_error, unopened
 from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim
 from ._pidfd import INFINITY, Pidfd, pid_of
+from ._proc import NO_DESCRIPTOR
 from ._stops import Stops, open_known
 from ._tree import Tree, is_descendant
 
@@ -198,7 +199,7 @@ def _check_cgroup(cgroup: Cgroup, caller: int) -> list[int]:
     """Raise ValueError unless a cgroup may be killed; return the pids in it."""
     if cgroup.is_root:
         raise ValueError(f"refusing to kill {cgroup.path}: it is the root cgroup")
-    pids = [pid for part in cgroup.walk() for pid in part.pids()]
+    pids = cgroup.all_pids()
     if caller in pids:
         raise ValueError(f"refusing to kill {cgroup.path}: the caller is in it")
     if 1 in pids:
@@ -279,7 +280,7 @@ def _rest(
 ) -> list[KillResult]:
     """The results of those that cgroup.kill has killed, and nobody else."""
     try:
-        left = {pid for part in cgroup.walk() for pid in part.pids()}
+        left = {*cgroup.all_pids()}
     except OSError as error:
         if error.errno not in NO_DESCRIPTOR:
             raise
@@ -305,7 +306,7 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
     batch.finish()
     results = batch.killed(batch.begun)
     begun = {sequence.pidfd.pid for sequence in batch.begun}
-    left = {pid for part in cgroup.walk() for pid in part.pids()} - begun
+    left = {*cgroup.all_pids()} - begun
     # Not to be proven members, as /proc hides them; or kernel threads.
     results += [unopened(pid, batch.options, "alive", errno=EPERM) for pid in left]
     gone = {*pids} - begun - left
@@ -365,7 +366,7 @@ def _kill_in_child(path: str, options: Options, lack: OSError) -> list[KillResul
 
     def kill() -> bytes:
         try:
-            os.closerange(0, 256)
+            _child.close_all()
             cgroup = _cgroup.find(path)
             pids = _check_cgroup(cgroup, caller)
             killer = cgroup.open_kill()

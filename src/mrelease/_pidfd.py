@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13; ioctl(2) encodes it alike everywhere
 _PIDFD_INFO_CGROUPID = 4
-LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
+_LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
 
 INFINITY = float("inf")
 
@@ -230,6 +230,11 @@ def seconds(name: str, value: float | None, *, optional: bool = False) -> float:
     return number
 
 
+def milliseconds(timeout: float) -> float:
+    """Seconds as poll(2) wants them: none that are negative, and at most a day."""
+    return 1000 * min(max(timeout, 0.0), _LONGEST_POLL)
+
+
 def poll_exited(pidfds: list[Pidfd], timeout: float) -> list[Pidfd]:
     """Wait for an exit, at most timeout seconds and a day; return who has exited."""
     poller = poll()
@@ -237,7 +242,7 @@ def poll_exited(pidfds: list[Pidfd], timeout: float) -> list[Pidfd]:
     for fd in by_fd:
         poller.register(fd, POLLIN)
     exited: list[Pidfd] = []
-    for fd, events in poller.poll(1000 * min(max(timeout, 0.0), LONGEST_POLL)):
+    for fd, events in poller.poll(milliseconds(timeout)):
         if events & POLLNVAL:
             raise OSError(EBADF, "The descriptor was closed outside its Pidfd")
         exited.append(by_fd[fd])

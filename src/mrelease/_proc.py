@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from errno import EMFILE, ENFILE
 
+NO_DESCRIPTOR = (EMFILE, ENFILE)
+
 # /proc/PID/stat, field 9 (proc_pid_stat(5)); the values are in the kernel's
 # include/linux/sched.h and have not changed in 5.10 to 7.3.
 _PF_EXITING = 0x4
@@ -144,7 +146,7 @@ def _process(pid: int) -> tuple[int, int] | None:
             return None
         stat = _stat(f"/proc/{pid}")
     except OSError as error:
-        if error.errno in (EMFILE, ENFILE):  # not that there is no such process
+        if error.errno in NO_DESCRIPTOR:  # not that there is no such process
             raise
         return None
     return int(stat[1]), int(stat[19])

@@ -13,7 +13,7 @@ from threading import Condition, Thread, current_thread, get_native_id
 from time import monotonic, sleep
 
 from ._kill import SIGKILL, KillResult, Options, Sequence
-from ._pidfd import INFINITY, LONGEST_POLL, Pidfd
+from ._pidfd import INFINITY, Pidfd, milliseconds
 from ._sched import check_nice
 
 TYPE_CHECKING = False
@@ -43,7 +43,8 @@ class Reaper:
     Raises OSError if nice or cpus are refused (CAP_SYS_NICE for a lower nice), and
     RuntimeError where no thread can be started, such as in a subinterpreter without
     daemon threads. Use it as a context manager, which closes it. Thread-safe. After a
-    fork it can be closed in the child, and no more: make another there.
+    fork it can be closed in the child, and no more: make another there. Linux 5.15 for
+    the releases, 5.3 for the kills.
     """
 
     def __init__(
@@ -329,7 +330,7 @@ class Pool:
             task.settled = True
         if task.running:
             return result
-        # What is due yet comes, whether or not anybody waits for it.
+        # What is still due comes, whether or not anybody waits for it.
         is_idle = sequence.due > sequence.deadline or sequence.due == INFINITY
         if exited or (task.settled and not task.queued and is_idle):
             self._retire(task)
@@ -427,8 +428,7 @@ def _poll(fds: Iterable[int], wakeup: int, timeout: float) -> set[int]:
     poller.register(wakeup, POLLIN)
     for fd in fds:
         poller.register(fd, POLLIN)
-    events = poller.poll(1000 * min(max(timeout, 0.0), LONGEST_POLL))
-    readable = {fd for fd, _ in events}
+    readable = {fd for fd, _ in poller.poll(milliseconds(timeout))}
     if wakeup in readable:
         os.eventfd_read(wakeup)
     return readable

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from errno import EMFILE, ENFILE
 from mmap import mmap
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from struct import Struct
 
 from . import _proc
-from ._child import fork, run, signals_blocked
+from ._child import close_all, fork, run, signals_blocked
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -92,7 +91,7 @@ class Stops:
 
     def _let_all_go_on(self) -> bytes:
         """In a child, which can close its copies of the descriptors."""
-        _close_all()
+        close_all()
         for pid, started in self._started.items():
             _let_go_on(pid, started)
         return b""
@@ -113,7 +112,7 @@ def _let_go_on(pid: int, started: int) -> bool:
         with open_known(pid, started) as pidfd:
             pidfd.send_signal(SIGCONT)
     except (OSError, ValueError) as error:  # gone, or its pid is a thread's now
-        return getattr(error, "errno", 0) not in (EMFILE, ENFILE)
+        return getattr(error, "errno", 0) not in _proc.NO_DESCRIPTOR
     return True
 
 
@@ -128,7 +127,7 @@ def _end(guard: Pidfd) -> None:
 
 def _guard(caller: int, shared: mmap) -> None:
     """In the child: wait for the caller's end, and let go on whom it had stopped."""
-    _close_all()
+    close_all()
     try:
         with Pidfd.open(caller) as pidfd:
             if os.getppid() == caller:
@@ -138,13 +137,3 @@ def _guard(caller: int, shared: mmap) -> None:
     (count,) = _COUNT.unpack_from(shared)
     for index in range(count):
         _let_go_on(*_ENTRY.unpack_from(shared, _COUNT.size + index * _ENTRY.size))
-
-
-def _close_all() -> None:
-    """Close every descriptor: somebody may wait for the end of a pipe."""
-    os.closerange(0, 256)  # and so have one for the directory
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            os.close(int(name))
-        except OSError:  # that of the directory
-            continue

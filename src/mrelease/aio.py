@@ -50,7 +50,7 @@ async def terminate(
 
     mrelease.terminate(), awaited. Cancelling it stops the waiting, not the kill: that
     comes after grace seconds, if the interpreter runs as long. Raises as
-    mrelease.terminate(). Thread-safe.
+    mrelease.terminate(). Linux 5.15 for the release. Thread-safe.
     """
     grace = check_asking(grace, signal)
 
