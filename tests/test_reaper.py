@@ -682,19 +682,27 @@ with victims.exit_stopped() as refused, victims.exit_stopped() as killed:
 def test_a_descriptor_closed_by_somebody_else_spoils_its_own_kill_alone(
     sharer: str | None,
 ) -> None:
-    # One waits for the exit, the other tries again and again.
+    # One waits for the exit, the other tries again and again. That the third is
+    # cancelled wakes up the thread that watches.
     program = f"""
-with victims.exit_stopped(sharer={sharer!r}) as spoilt, victims.victim() as other:
+with (
+    victims.exit_stopped(sharer={sharer!r}) as spoilt,
+    victims.exit_stopped(1) as third,
+    victims.victim() as other,
+):
     reaper = Reaper(1)
-    future = reaper.kill(spoilt.pid, wait=True, timeout=0.3)
+    future = reaper.kill(spoilt.pid, wait=True, timeout=None)
+    to_cancel = reaper.kill(third.pid, wait=True, timeout=None)
     spoilt.wait_exit_stop()
+    third.wait_exit_stop()
     (fd,) = pidfds(spoilt.pid)
     os.close(fd)
+    to_cancel.cancel()
     try:
-        error = future.exception(10)
+        error = future.exception(LIMIT)
         code = error and error.errno
         os.dup2(0, fd)  # if its worker is still at it, it closes the number once more
-        outcome = reaper.kill(other.pid, wait=True, timeout=None).result(10).exited
+        outcome = reaper.kill(other.pid, wait=True, timeout=None).result(LIMIT).exited
     except TimeoutError:
         report("no answer", False)
     reaper.close()
