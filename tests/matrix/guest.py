@@ -67,6 +67,7 @@ echo "@@ machine $(uname -m)"
 echo "@@ python $(python3 -c 'import platform; print(platform.python_version())')"
 cd /checkout
 sh /job 2>&1 | cat  # to no terminal
+dmesg | grep -i -e 'killed process' -e panic -e 'BUG:'  # whatever else has killed
 echo "@@ done"
 python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'  # power off
 """
