@@ -549,27 +549,23 @@ def test_what_a_v1_freezer_holds_is_released_and_does_not_hold_up_the_caller() -
         assert victim.anon() == 0
 
 
-# Every process forks, and ends with this probability (of 256) or goes on. At the limit
-# it pauses: a fork that fails costs as much as one that does not, and 600 processes
-# that try all the time leave whoever kills them a three-hundredth of the CPUs.
+# Every process forks, and ends or, three times of four, goes on.
 BOMB_PROGRAM = """
+pause = fork_pause()
 say("bomb")
 while True:
     try:
-        if os.fork() and os.urandom(1)[0] < ENDING:
+        if os.fork() and os.urandom(1)[0] < 64:
             os._exit(0)
     except OSError:
-        time.sleep(PAUSE)
+        time.sleep(pause)
 """
 
 
 @contextmanager
-def bomb(
-    path: Path, *join: Path, ending: int = 64, pause: float = 1
-) -> Iterator[victims.Family]:
+def bomb(path: Path, *join: Path) -> Iterator[victims.Family]:
     """A fork bomb at the limit of its pids cgroup, in others as well."""
-    program = BOMB_PROGRAM.replace("ENDING", str(ending)).replace("PAUSE", str(pause))
-    with victims.family(program, "bomb", join=(path, *join)) as family:
+    with victims.family(BOMB_PROGRAM, "bomb", join=(path, *join)) as family:
         end = time.monotonic() + cgroups.TIMEOUT
         while int((path / "pids.current").read_text()) < BOMB * 0.9:
             assert time.monotonic() < end

@@ -330,12 +330,13 @@ def work():
 
 # Whose parents live on, because the children of those that end cannot be found.
 BOMB_PROGRAM = """
+pause = fork_pause()
 say("bomb")
 while True:
     try:
         os.fork()
     except OSError:
-        time.sleep(1)  # test_cgroups.py says why
+        time.sleep(pause)
 """
 
 

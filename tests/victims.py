@@ -252,6 +252,13 @@ def child(function, *args):
             os._exit(1)
     return pid
 
+def fork_pause():
+    # Seconds for a thousand of a bomb to sleep where a fork fails, which costs as much
+    # as one that does not: else they leave whoever kills them none of the CPUs.
+    begin = time.monotonic()
+    os.waitpid(child(lambda: os._exit(0)), 0)
+    return max(1, 1000 * (time.monotonic() - begin))
+
 def root():
     for cgroup in sys.argv[2:]:
         with open(cgroup + "/cgroup.procs", "w") as procs:
