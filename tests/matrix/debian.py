@@ -165,10 +165,12 @@ def root(job: Job, suite: str, packages: Sequence[str], *, arch: str = "amd64") 
 
 # ENTER ROOT COMMAND...: the machine's devices and, for pip, its names and certificates.
 # In a mount namespace of its own: nobody else sees the mounts, and they end with it.
+# Not by chroot(2), after which no user namespace could be made.
 ENTER = """
 set -e
 root=$1 cache=$2
 shift 2
+mount --bind "$root" "$root"
 attach() {
   [ -e "$2" ] || return 0
   mkdir -p "$root${2%/*}"
@@ -183,7 +185,12 @@ attach --bind /etc/ssl/certs
 attach --bind "$cache"
 attach --rbind /proc
 mount -t tmpfs -o mode=1777 tmp "$root/tmp"
-exec chroot "$root" "$@"
+mkdir "$root/tmp/old"
+pivot_root "$root" "$root/tmp/old"
+cd /
+umount -l /tmp/old
+rmdir /tmp/old
+exec "$@"
 """
 
 
