@@ -617,6 +617,26 @@ def test_a_cancelled_kill_that_settles_is_released_all_the_same() -> None:
         _until(lambda: victim.anon() == 0, "the release")
 
 
+@pytest.mark.needs("release", "strace")
+@pytest.mark.parametrize("closing", [False, True])
+def test_what_is_cancelled_while_its_signal_is_sent_is_released(closing: bool) -> None:
+    with victims.exit_stopped() as victim:
+        program = f"""
+from mrelease import _proc
+reaper = Reaper(1)
+assert reaper.kill({victim.pid}, settle=0.05, timeout=None).cancel()
+if {closing}:
+    reaper.close(wait=False)
+until(lambda: _proc.anonymous({victim.pid}) == 0)
+report(_proc.anonymous({victim.pid}))
+"""
+        # Its worker is held up on the way back from the SIGKILL.
+        call = "pidfd_send_signal"
+        inject = f"inject={call}:delay_exit=300000"
+        strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
+        assert reported(program, *strace) == [0]
+
+
 def test_a_finished_kill_cannot_be_cancelled() -> None:
     with victims.victim() as victim, Reaper(1) as reaper:
         future = reaper.kill(victim.pid, wait=True, timeout=None)

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -911,7 +912,10 @@ def apart(
     That is its user, its limit of descriptors (those that are open stay), its cgroup.
     """
     theirs, ours = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Of other threads, which may hold locks that the child would wait for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         try:
             answer: T | BaseException

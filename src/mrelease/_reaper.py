@@ -123,6 +123,13 @@ class _Task:
         # Its next release may be due though nobody waits for the result.
         return min(deadline, self.sequence.due)
 
+    def is_over(self) -> bool:
+        """Whether nobody waits for it, and nothing is to be done any more."""
+        # A release that is under way may have to be tried again, until the deadline.
+        due = monotonic() if self.running else self.sequence.due
+        is_idle = due > self.sequence.deadline or due == INFINITY
+        return self.settled and not self.queued and is_idle
+
 
 class Pool:
     """The threads of a Reaper: workers, which may block, and one that watches."""
@@ -248,7 +255,7 @@ class Pool:
                 task.running = False
                 is_first = not task.settled and result is not None
                 task.settled = task.settled or is_first
-                if task.settled:
+                if task.is_over() or isinstance(result, Exception):
                     self._retire(task)
                 self._wake()
             if is_first:
@@ -282,7 +289,7 @@ class Pool:
                     for task in self._tasks
                     if not (task.settled and task.running)
                 }
-                if not tasks and self._closing:
+                if self._is_over():
                     return
                 until = min((task.due() for task in tasks.values()), default=INFINITY)
                 wakeup = self._wakeup
@@ -331,8 +338,7 @@ class Pool:
         if task.running:
             return result
         # What is still due comes, whether or not anybody waits for it.
-        is_idle = sequence.due > sequence.deadline or sequence.due == INFINITY
-        if exited or (task.settled and not task.queued and is_idle):
+        if exited or task.is_over():
             self._retire(task)
         elif not task.queued:
             self._begin_if_due(task, now)
@@ -370,7 +376,7 @@ class Pool:
             pass
 
     def _is_over(self) -> bool:
-        return self._closing and all(task.settled for task in self._tasks)
+        return self._closing and all(task.is_over() for task in self._tasks)
 
     def _is_unfinished(self) -> bool:
         """Whether close() has a result or a thread to wait for."""
