@@ -230,6 +230,20 @@ def test_seconds_are_checked_before_anything_is_done(name: str, value: Any) -> N
         assert victim.state() == "S"
 
 
+@pytest.mark.parametrize("name", ["boost", "measure", "wait"])
+def test_what_is_neither_true_nor_false_is_refused_before_anything_is_done(
+    name: str,
+) -> None:
+    class Neither:
+        def __bool__(self) -> bool:
+            raise ZeroDivisionError
+
+    with victims.victim(1) as victim:
+        with pytest.raises(ZeroDivisionError):
+            kill(victim.pid, **{name: Neither()})  # type: ignore[arg-type]
+        assert victim.state() == "S"
+
+
 @pytest.mark.parametrize("function", [kill, terminate, release])
 def test_an_unknown_option_is_refused_before_anything_is_done(function: Any) -> None:
     with victims.victim(1) as victim:

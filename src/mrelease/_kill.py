@@ -303,9 +303,10 @@ class Options:
     ) -> None:
         self.timeout = seconds("timeout", timeout, optional=True)
         self.settle = seconds("settle", settle)
-        self.wait = wait
-        self.boost = boost
-        self.measure = measure
+        # Asked now: some objects refuse to be true or false, and the kill stands then.
+        self.wait = bool(wait)
+        self.boost = bool(boost)
+        self.measure = bool(measure)
         self.start = monotonic()
 
 
