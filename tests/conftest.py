@@ -89,10 +89,19 @@ def _why_not(name: str) -> str | None:
     return REASONS[name]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="the tests marked long as well, and the full numbers of the others",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A shell's background job ignores SIGINT, and so would the commands tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): skip without these: conftest.py")
+    config.addinivalue_line("markers", "long: only with --long")
     if unknown := REQUIRED - REASONS.keys():
         raise pytest.UsageError(f"MRELEASE_REQUIRE: unknown {', '.join(unknown)}")
 
@@ -102,6 +111,29 @@ def pytest_report_header() -> str:
     return (
         f"Linux {os.uname().release}, uid {os.geteuid()}, GIL {'on' if gil else 'off'}"
     )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.getoption("long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests have recorded: the matrix reads the lines."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"@@ figure {name}: {value}")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the full numbers are wanted."""
+    return bool(request.config.getoption("long"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
