@@ -126,7 +126,8 @@ def bar(pidfd: Pidfd, before: dict[int, set[int]]) -> None:
             if cpu in allowed:
                 before[tid] = allowed
                 os.sched_setaffinity(tid, allowed - {cpu} or _every_cpu() - {cpu})
-        except OSError:  # the module says why
+        # The module says why. OverflowError is what Python makes of EINVAL.
+        except (OSError, OverflowError):
             continue
 
 
