@@ -19,7 +19,7 @@
 #include <signal.h>       // SIGKILL
 #include <sys/mman.h>     // MCL_*
 #include <sys/syscall.h>  // __NR_*
-#include <unistd.h>       // syscall()
+#include <unistd.h>       // syscall(), close()
 
 // ==== System call numbers ==================================================
 
@@ -157,7 +157,14 @@ mrelease_pidfd_open(PyObject *Py_UNUSED(module), PyObject *const *args,
         return NULL;
     }
     long pidfd = call(__NR_pidfd_open, pid, flags, 0, 0);
-    return pidfd < 0 ? NULL : PyLong_FromLong(pidfd);
+    if (pidfd < 0) {
+        return NULL;
+    }
+    PyObject *result = PyLong_FromLong(pidfd);
+    if (result == NULL) {
+        close((int)pidfd);  // nobody else knows of it
+    }
+    return result;
 }
 
 // ==== pidfd_send_signal(2) =================================================
