@@ -75,18 +75,22 @@ class Pidfd:
         """
         self = cls.__new__(cls)
         self._fd = self._pid = -1
+        opened: list[int] = []
         try:
             if isinstance(target, Pidfd):
                 self._pid = target._pid
-                self._fd = os.dup(target.fileno())
+                _open_into(opened, os.dup, target.fileno())
             else:
                 self._pid = pid_of(target)
-                self._fd = _open(self._pid, target)
+                _open(self._pid, target, opened)
+            (self._fd,) = opened
             # Asked now, because the pid could have been reused until it was open.
             _check_not_reaped(self._pid, target)
             if verify is not None:
                 self._verify(verify)
         except BaseException:
+            if self._fd < 0 and opened:
+                os.close(opened[0])
             self.close()
             raise
         return self
@@ -249,9 +253,16 @@ def poll_exited(pidfds: list[Pidfd], timeout: float) -> list[Pidfd]:
     return exited
 
 
-def _open(pid: int, target: object) -> int:
+def _open_into(opened: list[int], opener: Callable[[int], int], number: int) -> None:
+    # What C calls and C stores, no exception of a signal handler can come between: it
+    # would take a descriptor with it that nobody knows of.
+    opened.extend(map(opener, (number,)))
+
+
+def _open(pid: int, target: object, opened: list[int]) -> None:
     try:
-        return pidfd_open(pid)
+        _open_into(opened, pidfd_open, pid)
+        return
     except OSError as error:
         if error.errno not in (ESRCH, EINVAL, ENOENT):
             raise
