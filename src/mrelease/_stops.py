@@ -109,8 +109,10 @@ def open_known(pid: int, started: int) -> Pidfd:
 def _let_go_on(pid: int, started: int) -> bool:
     """Let one go on; False for want of descriptors."""
     try:
-        with open_known(pid, started) as pidfd:
-            pidfd.send_signal(SIGCONT)
+        # Opened first: then the start time is that of the process opened, or none.
+        with Pidfd.open(pid) as pidfd:
+            if _proc.started(pid) == started:
+                pidfd.send_signal(SIGCONT)
     except (OSError, ValueError) as error:  # gone, or its pid is a thread's now
         return getattr(error, "errno", 0) not in _proc.NO_DESCRIPTOR
     return True
