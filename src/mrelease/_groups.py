@@ -216,10 +216,11 @@ def _kill_by_file(
     batch.patience = INFINITY  # nobody is left whose kill would have to wait
     lacking = _kill_rest(cgroup, batch)
     batch.finish()
-    begun = {sequence.pidfd.pid for sequence in batch.begun}
-    return batch.killed(batch.begun) + _rest(
-        cgroup, batch.options, lacking, {*pids} - begun
-    )
+    # Whoever may not be signalled any more, of a sudden, cgroup.kill has killed.
+    refused = {s for s in batch.begun if isinstance(batch.results[s], OSError)}
+    begun = [sequence for sequence in batch.begun if sequence not in refused]
+    others = {*pids, *(s.pidfd.pid for s in refused)} - {s.pidfd.pid for s in begun}
+    return batch.killed(begun) + _rest(cgroup, batch.options, lacking, others)
 
 
 def _write_kill(killer: int) -> None:
