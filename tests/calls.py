@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from mrelease import pidfd_open
 
 TESTS = Path(__file__).parent
@@ -50,3 +52,23 @@ def run_python(
         timeout=timeout,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )
+
+
+def apart() -> tuple[str, ...]:
+    """A command that runs a command where it can name no process but its own.
+
+    That is in a pid namespace; for a user who can have none, nothing more than a user.
+    """
+    # The first process of a namespace, which is exempt from signals, is not ours.
+    keep = ["sh", "-c", '"$@"; exit $?', "sh"]
+    options = ["--kill-child", "-pf", "--mount-proc"]
+    for user in ([], ["-Ur"]):
+        command = ["unshare", *user, *options, *keep]
+        try:
+            if not subprocess.run([*command, "true"], capture_output=True).returncode:
+                return tuple(command)
+        except FileNotFoundError:
+            break
+    if os.geteuid() == 0:
+        pytest.skip("needs a pid namespace: root could kill anybody")
+    return ()

@@ -53,6 +53,10 @@ def _why_no_small_pids() -> str | None:
     return f"needs a pid namespace: {result.stderr}" if result.returncode else None
 
 
+def _why_no_testcapi() -> str | None:
+    return None if importlib.util.find_spec("_testcapi") else "needs _testcapi"
+
+
 def _why_no_uvloop() -> str | None:
     return None if importlib.util.find_spec("uvloop") else "needs uvloop"
 
@@ -78,6 +82,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "seccomp": _why_no_seccomp,
     "strace": _why_no("strace"),
     "subinterpreters": _why_no_subinterpreters,
+    "testcapi": _why_no_testcapi,
     "unshare": _why_no("unshare"),
     "uvloop": _why_no_uvloop,
 }
@@ -124,10 +129,14 @@ def pytest_collection_modifyitems(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the figures that tests have recorded: the matrix reads the lines."""
+    """Print the sums of what tests have counted; the matrix reads the lines."""
+    figures: dict[str, int] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
-            terminalreporter.write_line(f"@@ figure {name}: {value}")
+            assert isinstance(value, int)
+            figures[name] = figures.get(name, 0) + value
+    for name, total in figures.items():
+        terminalreporter.write_line(f"@@ figure {name} {total}")
 
 
 @pytest.fixture

@@ -8,35 +8,16 @@ same ones each time; with --long at least 100 000, other ones each time.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 
 import pytest
 
-from calls import run_python
+from calls import apart, run_python
 
 LONG = {"arguments": 100_000, "sequences": 2_000}
 SHORT = {"arguments": 300, "sequences": 12}
 
 Record = Callable[[str, object], None]
-
-
-def _apart() -> tuple[str, ...]:
-    """A command that runs a command where no other process can be named."""
-    # The first process of a namespace, which is exempt from signals, is not ours.
-    keep = ["sh", "-c", '"$@"; exit $?', "sh"]
-    options = ["--kill-child", "-pf", "--mount-proc"]
-    for user in ([], ["-Ur"]):
-        apart = ["unshare", *user, *options, *keep]
-        try:
-            if not subprocess.run([*apart, "true"], capture_output=True).returncode:
-                return tuple(apart)
-        except FileNotFoundError:
-            break
-    if os.geteuid() == 0:
-        pytest.skip("needs a pid namespace: root could kill anybody")
-    return ()  # the numbers are chosen so that they mean nobody
 
 
 def fuzz(module: str, call: str) -> dict[str, int]:
@@ -47,7 +28,7 @@ import {module}
 from fuzz_arguments import profile
 print(json.dumps({module}.{call}))
 """
-    result = run_python(program, under=_apart(), timeout=3000)
+    result = run_python(program, under=apart(), timeout=3000)
     assert (result.returncode, result.stderr) == (0, "")
     counts: dict[str, int] = json.loads(result.stdout)
     return counts

@@ -57,6 +57,7 @@ class Job:
     args: list[str]  # for pytest, in place of the whole suite
     on: dict[str, str] = field(default_factory=dict)  # kernel, Python, CPU: as seen
     runs: list[Run] = field(default_factory=list)
+    figures: dict[str, int] = field(default_factory=dict)  # which the tests print
 
     def say(self, text: str) -> None:
         self.log.write(text + "\n")
@@ -118,6 +119,8 @@ class Job:
             r"^SKIPPED \[(\d+)\] [^ ]+: (.+)$", output, re.M
         ):
             run.reasons[reason] = run.reasons.get(reason, 0) + int(number)
+        for name, number in re.findall(r"^@@ figure (.+) (\d+)$", output, re.M):
+            self.figures[name] = self.figures.get(name, 0) + int(number)
         if status == 0 and not run.passed:
             raise Failure(f"{label}: no test was run")
         if status:

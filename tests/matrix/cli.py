@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from matrix import kernels, machines, project, pythons, report
+from matrix import kernels, long, machines, project, pythons, report
 from matrix.base import CACHE, Failure, Job, Skip, job
 
 HERE = Path(__file__).resolve().parents[2]
@@ -77,6 +77,17 @@ CELLS = {
         )
         for version in ("3.11", "3.14")
     },
+    "fuzz": Cell(
+        long.fuzz,
+        "100 000 calls with arguments of every kind, 2000 sequences of calls",
+        12,
+    ),
+    "faults": Cell(
+        long.faults,
+        "each errno at each system call, each allocation failing, signals, forks",
+        40,
+    ),
+    "endurance": Cell(long.endurance, "50 000 kills in one process", 2),
     "arch-i686": Cell(
         machines.i686, "the suite on 32-bit x86, compiled there; this kernel", 3
     ),
@@ -109,7 +120,8 @@ def one(name: str, source: Path, args: list[str]) -> bool:
             this.say(traceback.format_exc())
     seconds = round(time.monotonic() - start)
     runs = "; ".join(map(str, this.runs))
-    print(*filter(None, (runs, f"{seconds} s", state, why)), flush=True)
+    figures = ", ".join(f"{number} {name}" for name, number in this.figures.items())
+    print(*filter(None, (runs, figures, f"{seconds} s", state, why)), flush=True)
     if state == "FAILED":
         print(f"{'':15} {this.log.name}")
     if not args:  # a part of the tests is no result
@@ -121,6 +133,7 @@ def one(name: str, source: Path, args: list[str]) -> bool:
             "why": why,
             "on": this.on,
             "runs": [asdict(run) for run in this.runs],
+            "figures": this.figures,
             "seconds": seconds,
         }
         (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

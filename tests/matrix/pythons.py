@@ -135,9 +135,9 @@ assert {expected}, (gil, debug, abi3)
 """
 
 
-def suite(job: Job, python: Python, expected: str, *, own: bool) -> None:
-    """Install the wheel and what its tests need; check what it is; run the tests."""
-    venv = job.work / "venv"
+def prepared(job: Job, python: Python, expected: str, *, own: bool) -> Path:
+    """Install the wheel and what its tests need; check what it is; its environment."""
+    venv = job.work / f"venv{len(job.runs)}"
     checkout = project.copy(job)
     what = "." if own else str(project.wheel(job))
     installs = [venv / "bin/python", "-m", "pip", "-q", "install"]
@@ -159,6 +159,12 @@ def suite(job: Job, python: Python, expected: str, *, own: bool) -> None:
         raise Failure("it is not the Python or the extension that it should be")
     job.on["kernel"] = os.uname().release
     job.on["machine"] = os.uname().machine
+    return venv
+
+
+def suite(job: Job, python: Python, expected: str, *, own: bool) -> None:
+    venv = prepared(job, python, expected, own=own)
+    checkout = job.work / "checkout"
     before = job.log.tell()
     words = [venv / "bin/python", "-P", "-m", "pytest", "-q", *PYTEST, *job.args]
     status = python.run(job, *words, cwd=checkout, env={"MRELEASE_REQUIRE": REQUIRED})
