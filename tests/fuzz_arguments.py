@@ -215,12 +215,16 @@ def _dup_above(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FEW_DESCRIPTORS + 1)
 
 
+def _as_float(value: Odd) -> Any:
+    return value.__dict__["answers"].get("float")
+
+
 # Seconds for what waits until the exit: that of our living child may never come.
 short = st.sampled_from([0, 0.0, -0.0, 1e-9, 0.001, 5e-324, False])
 no_seconds = st.sampled_from([-1, -1e-9, float("nan"), float("-inf"), -(1 << 70)])
 odd_seconds = others.filter(
-    lambda value: value is not None and not isinstance(value, float)
-) | odd(no_pid.filter(lambda n: n < 0))
+    lambda value: value is not None and not isinstance(value, bool | float)
+) | odd(no_pid).filter(lambda value: not isinstance(_as_float(value), float))
 brief = short | no_seconds | odd_seconds
 long = brief | st.none() | st.floats(0, 1e300) | st.sampled_from([1 << 2000, 1e308])
 
