@@ -124,15 +124,11 @@ def test_whatever_allocation_fails(
 ROOMS = [0, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 3 << 20, 9 << 20, 20 << 20, 70 << 20]
 
 
-def _reaped(pid: int) -> Any:
-    with Reaper(1) as reaper:
-        return reaper.kill(pid, timeout=0.05).result(10)
-
-
+# Not a Reaper's: the interpreter waits for ever for a thread that fails as it starts.
 @needs_release
-@pytest.mark.parametrize("name", ["kill", "kill_all", "kill_tree", "Reaper"])
+@pytest.mark.parametrize("name", ["kill", "kill_all", "kill_tree"])
 def test_whatever_the_address_space_left(name: str, long: bool) -> None:
-    function = STARVED.get(name, _reaped)
+    function = STARVED[name]
     with ExitStack() as stack:
         checked = Checked(stack, holds=name not in MIDWAY)
         for room in ROOMS if long else ROOMS[::4]:
@@ -249,9 +245,9 @@ def forked_while_killing(pids: list[int], forks: int) -> int:
 
     def work(use: Callable[[int], Any], part: list[int]) -> None:
         # When all are dead, the dead are killed.
-        for pid in itertools.cycle(part):
+        for number, pid in enumerate(itertools.cycle(part), 1):
             results.append(use(pid).outcome)
-            if stopping.is_set():
+            if stopping.is_set() and number >= len(part):
                 return
 
     with Reaper(2) as reaper:
