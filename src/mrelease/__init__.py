@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._sched import harden as harden
     from ._types import Target as Target
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "PIDFD_NONBLOCK",

@@ -36,9 +36,11 @@ class Reaper:
     SIGKILL is sent at once by the calling thread, and the release follows when one is
     free: a kill never queues.
 
-    workers: how many releases may run at once. nice and cpus: the priority (-20 to 19)
-    and the CPUs of its threads; None: those of the thread that makes it. One more
-    thread watches for exits and deadlines.
+    workers: how many releases may run at once.
+    nice: the priority of its threads, -20 to 19; None: that of the calling thread.
+    cpus: the CPUs that its threads may run on; None: those of the calling thread.
+
+    One more thread watches for exits and deadlines.
 
     Raises OSError if nice or cpus are refused (CAP_SYS_NICE for a lower nice), and
     RuntimeError where no thread can be started, such as in a subinterpreter without
@@ -84,7 +86,8 @@ class Reaper:
         """Take no more kills; those that were begun go on to their results.
 
         wait: until all have theirs, and the threads have ended, but for one whose
-        release is blocked beyond its timeout: that ends when the kernel lets it.
+            release is blocked beyond its timeout: that ends when the kernel lets it.
+
         A second call may wait for what the first did not. Thread-safe.
         """
         self._pool.close(wait)

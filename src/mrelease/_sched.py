@@ -28,11 +28,13 @@ def harden(
     """Prepare the calling process to kill when memory and CPU time are short.
 
     mlock: lock its memory into RAM, so that no kill waits for a page to come back from
-    swap or disk: what is mapped now is brought in at once; what is mapped later is
-    locked as it is touched, where no limit (RLIMIT_MEMLOCK without CAP_IPC_LOCK) could
-    make later allocations fail. nice: the priority of all its threads, -20 to 19;
-    without /proc that of the calling thread.
+        swap or disk: what is mapped now is brought in at once; what is mapped later is
+        locked as it is touched, where no limit (RLIMIT_MEMLOCK without CAP_IPC_LOCK)
+        could make later allocations fail.
+    nice: the priority of all its threads, -20 to 19; without /proc that of the calling
+        thread.
     oom_score_adj: how soon the kernel's OOM killer takes it, -1000 (never) to 1000.
+
     mlock=False and None leave something as it is; nothing else is changed.
 
     Returns, for each that was asked for, None if it took effect, or the OSError with
