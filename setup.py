@@ -1,10 +1,13 @@
 """Build the C extension; everything else is in pyproject.toml."""
 
+import gzip
 import os
 import sys
 import sysconfig
+import tarfile
 
 from setuptools import Extension, setup
+from setuptools.command.sdist import sdist
 
 if sys.platform != "linux":
     sys.exit(f"mrelease needs Linux: no process_mrelease(2) on {sys.platform}")
@@ -18,7 +21,39 @@ ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-fanalyzer"]
 
+
+class Sdist(sdist):
+    """A source distribution that two builds make alike, as they do the wheel."""
+
+    def make_archive(
+        self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None
+    ):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if format != "gztar" or epoch is None:
+            return super().make_archive(
+                base_name, format, root_dir, base_dir, owner, group
+            )
+
+        def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+            executable = info.isdir() or info.mode & 0o100
+            info.mode = 0o755 if executable else 0o644
+            info.mtime = int(epoch)
+            info.uid = info.gid = 0
+            info.uname = info.gname = ""
+            return info
+
+        name = f"{base_name}.tar.gz"
+        with (
+            open(name, "wb") as file,
+            gzip.GzipFile("", "wb", mtime=int(epoch), fileobj=file) as packed,
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
+            tar.add(base_dir, filter=plain)
+        return name
+
+
 setup(
+    cmdclass={"sdist": Sdist},
     ext_modules=[
         Extension(
             "mrelease._mrelease",

@@ -28,7 +28,7 @@ def problems(path: Path) -> list[str]:
             found.append(f"C sources: {', '.join(sources)}")
         if others := [name for name in names if not name.startswith("mrelease")]:
             found.append(f"foreign files: {', '.join(others)}")
-        # ".py" files have their versions elsewhere: only the extension has such strings.
+        # Written in the extension, as it is not compressed once it has been read.
         binary = b"".join(map(wheel.read, extensions))
     versions = {
         (int(major), int(minor))
