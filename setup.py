@@ -19,20 +19,18 @@ LIMITED_API = "0x{:02x}{:02x}0000".format(*OLDEST)
 WHEEL_TAG = "cp{}{}".format(*OLDEST)
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
+# No debug information tells of the folder in which it was built.
+ANYWHERE = [f"-ffile-prefix-map={os.getcwd()}=."]
 STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-fanalyzer"]
 
 
 class Sdist(sdist):
     """A source distribution that two builds make alike, as they do the wheel."""
 
-    def make_archive(
-        self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None
-    ):
+    def make_archive(self, base_name, kind, root_dir=None, base_dir=None, **owner):
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
-        if format != "gztar" or epoch is None:
-            return super().make_archive(
-                base_name, format, root_dir, base_dir, owner, group
-            )
+        if kind != "gztar" or epoch is None:
+            return super().make_archive(base_name, kind, root_dir, base_dir, **owner)
 
         def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
             executable = info.isdir() or info.mode & 0o100
@@ -60,7 +58,8 @@ setup(
             ["src/_mrelease.c"],
             define_macros=[("Py_LIMITED_API", LIMITED_API)] if ABI3 else [],
             # For the project's own checks: a user's newer compiler may warn of more.
-            extra_compile_args=STRICT if os.environ.get("MRELEASE_STRICT") else [],
+            extra_compile_args=ANYWHERE
+            + (STRICT if os.environ.get("MRELEASE_STRICT") else []),
             py_limited_api=ABI3,
         )
     ],
