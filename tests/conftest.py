@@ -53,6 +53,10 @@ def _why_no_small_pids() -> str | None:
     return f"needs a pid namespace: {result.stderr}" if result.returncode else None
 
 
+def _why_no_debug_build() -> str | None:
+    return None if hasattr(sys, "gettotalrefcount") else "needs a debug build"
+
+
 def _why_no_testcapi() -> str | None:
     return None if importlib.util.find_spec("_testcapi") else "needs _testcapi"
 
@@ -71,6 +75,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "cgroup1": cgroups.why_no_cgroup1,
     "cgroup2": cgroups.why_no_cgroup2,
     "cpus": victims.why_not_two_cpus,
+    "debug": _why_no_debug_build,
     "freezer": victims.why_no_freezer,
     "fuse": victims.why_no_fuse,
     "memcg": cgroups.why_no_memcg,
