@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -280,6 +281,8 @@ def _check_child(reaper: Reaper, pid: int) -> None:
         try:
             signal.alarm(20)  # which kills, if it hangs
             code = _use_in_child(reaper, pid)
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from matrix import kernels, long, machines, project, pythons, report
+from matrix import kernels, long, machines, project, pythons, report, sanitizers
 from matrix.base import CACHE, Failure, Job, Skip, job
 
 HERE = Path(__file__).resolve().parents[2]
@@ -88,6 +88,14 @@ CELLS = {
         40,
     ),
     "endurance": Cell(long.endurance, "50 000 kills in one process", 2),
+    "sanitize-asan": Cell(
+        sanitizers.asan, "the suite, the extension under ASan and UBSan; this kernel", 5
+    ),
+    "analyse": Cell(
+        sanitizers.analyse,
+        "clang-tidy, cppcheck and gcc's analyser on the extension",
+        1,
+    ),
     "arch-i686": Cell(
         machines.i686, "the suite on 32-bit x86, compiled there; this kernel", 3
     ),

@@ -135,8 +135,19 @@ assert {expected}, (gil, debug, abi3)
 """
 
 
-def prepared(job: Job, python: Python, expected: str, *, own: bool) -> Path:
-    """Install the wheel and what its tests need; check what it is; its environment."""
+def prepared(
+    job: Job,
+    python: Python,
+    expected: str,
+    *,
+    own: bool,
+    build: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Path:
+    """Install the wheel and what its tests need; check what it is; its environment.
+
+    build and env: environment variables for that, and for running what it is.
+    """
     venv = job.work / f"venv{len(job.runs)}"
     checkout = project.copy(job)
     what = "." if own else str(project.wheel(job))
@@ -145,12 +156,13 @@ def prepared(job: Job, python: Python, expected: str, *, own: bool) -> Path:
         [python.path, "-m", "venv", venv],
         [*installs, f"{what}[test]"],
     ):
-        if python.run(job, *words, cwd=checkout):
+        if python.run(job, *words, cwd=checkout, env=build):
             raise Failure("the project cannot be installed")
     shutil.rmtree(checkout / "build", ignore_errors=True)
     before = job.log.tell()
     program = CHECK.format(expected=expected)
-    status = python.run(job, venv / "bin/python", "-P", "-c", program, cwd=checkout)
+    words = [venv / "bin/python", "-P", "-c", program]
+    status = python.run(job, *words, cwd=checkout, env=env)
     said = job.logged(before)
     for word in ("python", "extension"):
         if found := re.search(rf"^@@ {word} (.+)$", said, re.M):
@@ -162,12 +174,19 @@ def prepared(job: Job, python: Python, expected: str, *, own: bool) -> Path:
     return venv
 
 
-def suite(job: Job, python: Python, expected: str, *, own: bool) -> None:
+def suite(
+    job: Job, python: Python, expected: str, *, own: bool, required: str = REQUIRED
+) -> None:
     venv = prepared(job, python, expected, own=own)
-    checkout = job.work / "checkout"
+    tests(job, python, venv, {"MRELEASE_REQUIRE": required}, *job.args)
+
+
+def tests(
+    job: Job, python: Python, venv: Path, env: Mapping[str, str], *args: str
+) -> None:
     before = job.log.tell()
-    words = [venv / "bin/python", "-P", "-m", "pytest", "-q", *PYTEST, *job.args]
-    status = python.run(job, *words, cwd=checkout, env={"MRELEASE_REQUIRE": REQUIRED})
+    words = [venv / "bin/python", "-P", "-m", "pytest", "-q", *PYTEST, *args]
+    status = python.run(job, *words, cwd=job.work / "checkout", env=env)
     job.counted("root" if os.geteuid() == 0 else "user", job.logged(before), status)
 
 
@@ -189,4 +208,4 @@ def debug(job: Job, version: str) -> None:
     python = packaged(job, version, debug=True)
     if not python:
         raise Skip(f"no python{version}-dbg in Debian {', '.join(SUITES)}")
-    suite(job, python, "gil and debug", own=True)
+    suite(job, python, "gil and debug", own=True, required=f"{REQUIRED},debug")
