@@ -342,5 +342,5 @@ def test_a_caller_that_is_killed_at_any_moment_leaves_nobody_stopped(
     result = run_python(program, under=apart(), timeout=1100)
     assert (result.returncode, result.stderr) == (0, "")
     killed = int(result.stdout)
-    assert killed > 3
+    assert killed > 0
     record_property("killed callers", killed)
