@@ -96,7 +96,9 @@ class Batch:
         self._running += queued
         self._conclude([s for s in queued if s not in self.results and s.pidfd.exited])
         if len(self._running) > self._most:
-            finish(self._running, self.patience)
+            # Not those whose release might block: there is somebody left to kill.
+            ready = [s for s in self._running if not _proc.stuck(s.pidfd.pid)]
+            finish(ready, self.patience)
             self._conclude([s for s in self._running if s.pidfd.exited])
             # The oldest have had the most time.
             self._conclude(self._running[: -self._most])

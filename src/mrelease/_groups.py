@@ -34,6 +34,9 @@ _LARGE = 1 / 64
 _PATIENCE = 0.1
 _PATIENCE_PROCESS = 1e-4
 _PATIENCE_BYTE = 1 / 2**30
+# Rounds in which nobody could be killed, though others were there than before: they are
+# not ours to kill.
+_IDLE_ROUNDS = 100
 _PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
 
 
@@ -298,9 +301,18 @@ def _rest(
 def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[KillResult]:
     """Kill until nobody is left who is not dying."""
     with Stops() as stops:
-        while _kill_living(cgroup, batch):
-            # Whoever is left was forked meanwhile. If those who fork were killed one
-            # by one, others might fill their places in the meantime.
+        known: set[tuple[int, int | None]] = set()
+        idle = 0
+        while idle < _IDLE_ROUNDS:
+            idle = 0 if _kill_living(cgroup, batch) else idle + 1
+            # Whoever was not there before was forked meanwhile, perhaps by one that
+            # has ended by itself since it was listed.
+            present = {(pid, _proc.started(pid)) for pid in cgroup.all_pids()}
+            if idle and present <= known:
+                break
+            known = present
+            # If those who fork were killed one by one, others might fill their places
+            # in the meantime.
             while _stop_living(cgroup, batch, stops):
                 pass
         _forget_killed(stops, batch)
@@ -344,7 +356,8 @@ def _living(cgroup: Cgroup, batch: Batch) -> Iterator[Pidfd]:
     refused = {
         sequence.pidfd.pid
         for sequence, result in batch.results.items()
-        if isinstance(result, OSError)
+        # One that has gone may have left its pid to another member.
+        if isinstance(result, OSError) and not isinstance(result, ProcessLookupError)
     }
     for part in cgroup.walk():
         for pid in part.pids():

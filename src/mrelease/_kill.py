@@ -421,7 +421,9 @@ class Sequence:
         self.deadline = monotonic() + self.options.timeout
         self.to_kill = False
         self.release()
-        if self.options.boost:
+        # EINVAL: it may live, as one does that joined a cgroup after cgroup.kill.
+        lives = self.errno == EINVAL and _proc.dying(self.pidfd.pid) is False
+        if self.options.boost and not lives:
             self._boost({})
 
     @property

@@ -24,7 +24,9 @@ class Tree:
 
     def __init__(self, root: Pidfd, stops: Stops | None = None) -> None:
         self._stops = stops
-        self._found = {root.pid: _proc.started(root.pid)}
+        started = _proc.started(root.pid)
+        # In this order: once it has gone, its pid may be another's, with children.
+        self._found = {} if root.exited else {root.pid: started}
         self._running = [root.pid]  # told to stop, and perhaps not there yet
         if stops:
             stops.stop(root)
