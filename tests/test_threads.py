@@ -164,6 +164,74 @@ for one in found:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+# ---- Forks
+
+
+def test_threads_that_fork_leave_the_warnings_as_they_were() -> None:
+    program = f"""
+import os, threading, warnings
+from mrelease import is_supported
+first_forks, second_forks, first_is_done = (threading.Event() for _ in range(3))
+
+def before():
+    # The second one may have to wait until the first is done.
+    if threading.current_thread() is first:
+        first_forks.set()
+        second_forks.wait(1)
+    else:
+        second_forks.set()
+
+def after():
+    if threading.current_thread() is not first:
+        first_is_done.wait(1)
+
+def run():
+    is_supported()
+    first_is_done.set()
+
+filters = list(warnings.filters)
+os.register_at_fork(before=before, after_in_parent=after)
+first = threading.Thread(target=run)
+first.start()
+assert first_forks.wait({LIMIT})
+is_supported()
+first.join()
+assert warnings.filters == filters, warnings.filters
+"""
+    result = run_python(program)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_child_may_probe_though_a_thread_was_forking() -> None:
+    program = f"""
+import os, signal, threading, warnings
+from mrelease import Pidfd, is_supported
+forks, over = threading.Event(), threading.Event()
+
+def before():
+    if threading.current_thread() is not threading.main_thread():
+        forks.set()
+        over.wait({LIMIT})
+
+os.register_at_fork(before=before)
+thread = threading.Thread(target=is_supported)
+thread.start()
+assert forks.wait({LIMIT})
+warnings.simplefilter("ignore", DeprecationWarning)
+child = os.fork()
+if child == 0:
+    os._exit(0 if isinstance(is_supported(), bool) else 1)
+with Pidfd.open(child) as pidfd:
+    pidfd.wait({LIMIT})
+    os.kill(child, signal.SIGKILL)  # if it hangs
+over.set()
+thread.join()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    result = run_python(program)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 # ---- One Pidfd
 
 

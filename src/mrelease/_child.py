@@ -6,6 +6,7 @@ The answer comes back through shared memory, so that no descriptor is needed.
 from __future__ import annotations
 
 import os
+from _thread import allocate_lock
 from contextlib import contextmanager
 from mmap import mmap
 from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _HEADER = 8  # bytes that hold the length of the answer
+# For the filters of warnings: of two threads that change them, the later one would put
+# back what the earlier one had changed.
+_lock = allocate_lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = allocate_lock()  # the thread that held the other one is not in this process
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def run(work: Callable[[], bytes], room: int = 4096) -> tuple[bytes, int]:
@@ -38,7 +50,7 @@ def run(work: Callable[[], bytes], room: int = 4096) -> tuple[bytes, int]:
 
 def fork(work: Callable[[], None]) -> int:
     """Do work in a child, which then exits; return its pid. Have signals blocked."""
-    with catch_warnings():
+    with _lock, catch_warnings():
         # Of a threaded process's child, which may wait for a lock that another thread
         # held. This one takes none.
         simplefilter("ignore", DeprecationWarning)
