@@ -91,6 +91,11 @@ CELLS = {
     "sanitize-asan": Cell(
         sanitizers.asan, "the suite, the extension under ASan and UBSan; this kernel", 5
     ),
+    "sanitize-tsan": Cell(
+        sanitizers.tsan,
+        "many threads under ThreadSanitizer; compiles a Python with it, the first time",
+        7,
+    ),
     "analyse": Cell(
         sanitizers.analyse,
         "clang-tidy, cppcheck and gcc's analyser on the extension",

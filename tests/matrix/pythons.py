@@ -80,8 +80,10 @@ def packaged(job: Job, version: str, *, debug: bool = False) -> Python | None:
     return None
 
 
-def compiled(job: Job, version: str, *options: str) -> Python | None:
-    """From Debian's source package."""
+def compiled(
+    job: Job, version: str, *options: str, under: tuple[str, ...] = ()
+) -> Python | None:
+    """From Debian's source package; under: a command to run it by, and to build it."""
     for suite in SUITES:
         apt = debian.Suite(job, suite)
         if not apt.has([f"python{version}"]):
@@ -90,15 +92,16 @@ def compiled(job: Job, version: str, *options: str) -> Python | None:
         prefix = CACHE / "cpython" / "-".join([version, *options]).replace("---", "-")
         with debian.locked(prefix.name):
             if not (prefix / "bin/python3").exists():
-                build(job, apt, root, prefix, f"python{version}", options)
-        return Python(str(prefix / "bin/python3"), root)
+                shell = Python("sh", root, under)
+                build(job, apt, shell, prefix, f"python{version}", options)
+        return Python(str(prefix / "bin/python3"), root, under)
     return None
 
 
 def build(
     job: Job,
     apt: debian.Suite,
-    root: Path,
+    shell: Python,
     prefix: Path,
     package: str,
     options: tuple[str, ...],
@@ -114,7 +117,7 @@ def build(
             ' && make -s -j"$(nproc)" > make.log && make -s install > install.log'
         )
         shutil.rmtree(prefix, ignore_errors=True)
-        if debian.chroot(job, root, "sh", "-c", script, prefix, *options, cwd=folder):
+        if shell.run(job, shell.path, "-c", script, prefix, *options, cwd=folder):
             shutil.rmtree(prefix, ignore_errors=True)
             raise Failure(f"{package} cannot be compiled")
 

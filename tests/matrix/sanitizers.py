@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from matrix import debian, project, pythons
-from matrix.base import Failure, Job
+from matrix.base import Failure, Job, Skip
 
 ASAN_FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
@@ -11,6 +13,25 @@ ASAN_FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefine
 BROKEN = """
 #include <stdlib.h>
 int broken(void) { char *p = malloc(8); free(p); return p[4]; }
+"""
+
+TSAN_PYTHON = "3.13"
+TSAN_BUILD = ("--disable-gil", "--with-thread-sanitizer")
+TSAN_TESTS = ["tests/test_threads.py", "--long"]
+# It has its memory where a kernel that randomises more than Debian's may put others'.
+NOT_RANDOM = ("setarch", "-R")
+
+RACING = """
+#include <pthread.h>
+static int counter;
+static void *count(void *arg) { counter++; return arg; }
+int broken(void) {
+    pthread_t one, two;
+    pthread_create(&one, NULL, count, NULL);
+    pthread_create(&two, NULL, count, NULL);
+    pthread_join(one, NULL);
+    return pthread_join(two, NULL);
+}
 """
 
 # What cannot be with it: limits of addresses, of which it takes terabytes, and all of
@@ -42,22 +63,70 @@ def asan(job: Job) -> None:
     venv = pythons.prepared(
         job, python, "abi3", own=True, build={"CFLAGS": ASAN_FLAGS}, env=env
     )
-    _must_fail(job, python, env)
+    before = job.log.tell()
+    if not _broken(job, python, BROKEN, ASAN_FLAGS, env):
+        raise Failure("the probe has not failed")
+    if "heap-use-after-free" not in job.logged(before):
+        raise Failure("the sanitizer does not see what is wrong")
     pythons.tests(job, python, venv, env, *(job.args or ("-k", NOT_WITH_ASAN)))
 
 
-def _must_fail(job: Job, python: pythons.Python, env: dict[str, str]) -> None:
-    """See that the sanitizer is at work."""
-    (job.work / "broken.c").write_text(BROKEN)
+def tsan(job: Job) -> None:
+    """Many threads, with ThreadSanitizer in a free-threaded interpreter as well."""
+    python = pythons.compiled(job, TSAN_PYTHON, *TSAN_BUILD, under=NOT_RANDOM)
+    if not python:
+        raise Skip(f"no source of Python {TSAN_PYTHON} in Debian")
+
+    def watched(reports: Path) -> dict[str, str]:
+        """Have every process, children too, report to a file of its own there."""
+        reports.mkdir()
+        # A child that threads have forked may go on, as it does without a sanitizer.
+        options = f"log_path={reports}/of exitcode=0 die_after_fork=0"
+        return {"TSAN_OPTIONS": options}
+
+    env = watched(job.work / "reports")
+    venv = pythons.prepared(
+        job,
+        python,
+        "not gil and not debug",
+        own=True,
+        build={"TSAN_OPTIONS": "report_bugs=0"},  # of pip
+        env=env,
+    )
+    (extension,) = venv.glob("lib/python*/site-packages/mrelease/_mrelease.*.so")
+    if b"__tsan_func_entry" not in extension.read_bytes():
+        raise Failure("the extension has been built without the sanitizer")
+    probe = job.work / "probe"
+    _broken(job, python, RACING, "-g -fsanitize=thread", watched(probe))
+    if "data race" not in _reports(job, probe):
+        raise Failure("the sanitizer does not see what is wrong")
+    env["MRELEASE_REQUIRE"] = pythons.REQUIRED
+    try:
+        pythons.tests(job, python, venv, env, *(job.args or TSAN_TESTS))
+    finally:
+        # Of more weight than a test that fails by the descriptor of the report.
+        found = _reports(job, job.work / "reports").count("WARNING: ThreadSanitizer")
+        if found:
+            raise Failure(f"{found} reports of ThreadSanitizer")
+
+
+def _reports(job: Job, folder: Path) -> str:
+    text = "".join(path.read_text() for path in sorted(folder.iterdir()))
+    job.say(text)
+    return text
+
+
+def _broken(
+    job: Job, python: pythons.Python, source: str, flags: str, env: dict[str, str]
+) -> int:
+    """Call what a sanitizer has to see; return the exit status."""
+    (job.work / "broken.c").write_text(source)
     library = job.work / "broken.so"
-    command = ["gcc", *ASAN_FLAGS.split(), "-shared", "-fPIC", "-o", library]
+    command = ["gcc", *flags.split(), "-shared", "-fPIC", "-o", library]
     if python.run(job, *command, job.work / "broken.c"):
         raise Failure("the probe cannot be compiled")
-    before = job.log.tell()
     program = f"import ctypes; ctypes.CDLL({str(library)!r}).broken()"
-    status = python.run(job, "python3", "-c", program, env=env)
-    if not status or "heap-use-after-free" not in job.logged(before):
-        raise Failure("the sanitizer does not see what is wrong")
+    return python.run(job, python.path, "-c", program, env=env)
 
 
 def analyse(job: Job) -> None:
