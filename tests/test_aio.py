@@ -430,7 +430,7 @@ def test_another_signal_may_ask(run: Run[Any]) -> None:
 
 def test_the_kill_comes_after_a_grace_in_which_it_was_cancelled(run: Run[Any]) -> None:
     async def main() -> None:
-        terminating = asyncio.ensure_future(aio.terminate(victim.pid, grace=0.2))
+        terminating = asyncio.ensure_future(aio.terminate(victim.pid, grace=1))
         await asyncio.sleep(0.01)
         terminating.cancel()
         await asyncio.wait([terminating])

@@ -157,12 +157,12 @@ class Drop(Exception):
 
 
 WAYS: dict[str, Callable[[int], Any]] = {
-    "kill": kill,
-    "Pidfd": lambda pid: _with_pidfd(pid, Pidfd.kill),
+    "kill": lambda pid: kill(pid, timeout=None),
+    "Pidfd": lambda pid: _with_pidfd(pid, lambda pidfd: pidfd.kill(timeout=None)),
     "copy": lambda pid: _with_pidfd(pid, _with_copy),
-    "kill_all": lambda pid: kill_all([pid])[0],
-    "terminate": lambda pid: terminate(pid, grace=0.001),
-    "settle": lambda pid: kill(pid, settle=0.001),
+    "kill_all": lambda pid: kill_all([pid], timeout=None)[0],
+    "terminate": lambda pid: terminate(pid, grace=0.001, timeout=None),
+    "settle": lambda pid: kill(pid, settle=0.001, timeout=None),
 }
 
 
@@ -173,7 +173,7 @@ def _with_pidfd(pid: int, use: Callable[[Pidfd], Any]) -> Any:
 
 def _with_copy(pidfd: Pidfd) -> Any:
     with Pidfd.open(pidfd) as copy:
-        return copy.kill()
+        return copy.kill(timeout=None)
 
 
 def rained_on(pids: list[int], *, raises: bool) -> tuple[int, int]:
@@ -253,9 +253,9 @@ def forked_while_killing(pids: list[int], forks: int) -> int:
 
     with Reaper(2) as reaper:
         uses: list[Callable[[int], Any]] = [
-            lambda pid: kill(pid, boost=False),
-            lambda pid: reaper.kill(pid).result(30),
-            lambda pid: kill_all([pid])[0],
+            lambda pid: kill(pid, boost=False, timeout=None),
+            lambda pid: reaper.kill(pid, timeout=None).result(60),
+            lambda pid: kill_all([pid], timeout=None)[0],
         ]
         threads = [
             threading.Thread(target=work, args=(use, theirs[number::3]))

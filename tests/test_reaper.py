@@ -1098,7 +1098,7 @@ reaper = Reaper(1)
 
 def _until_exit(victim: victims.Victim) -> None:
     """Wait for an exit that comes at once, or never."""
-    end = time.monotonic() + 2
+    end = time.monotonic() + LIMIT
     while not victim.exited() and time.monotonic() < end:
         time.sleep(0.01)
     assert victim.exited()

@@ -40,8 +40,10 @@ def harden(
     Returns, for each that was asked for, None if it took effect, or the OSError with
     which it was refused: CAP_IPC_LOCK, CAP_SYS_NICE and CAP_SYS_RESOURCE allow all of
     it. Raises ValueError for a number out of range. Children inherit nice and
-    oom_score_adj, but no locks. Call it once all is imported that is used later, and
-    before other threads are started: their stacks, 8 MiB each, would be brought in.
+    oom_score_adj, but no locks. Call it once privileges have been dropped and limits
+    set, as what is locked later counts against RLIMIT_MEMLOCK from then on; once all is
+    imported that is used later; and before other threads are started, as their stacks,
+    8 MiB each, would be brought in.
     Linux 4.4. Thread-safe. See mlockall(2) and proc_pid_oom_score_adj(5).
     """
     steps: dict[str, Callable[[], None]] = {}
