@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mrelease import pidfd_open
+from mrelease import _mrelease, pidfd_open
 
 TESTS = Path(__file__).parent
+
+C_FUNCTIONS = sorted(
+    name for name in dir(_mrelease) if callable(getattr(_mrelease, name))
+)
 
 
 def errno_of(function: Callable[..., object], *args: object, **options: object) -> int:

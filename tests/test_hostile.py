@@ -337,10 +337,10 @@ def test_a_child_that_is_forked_at_any_moment_kills(
 def test_a_caller_that_is_killed_at_any_moment_leaves_nobody_stopped(
     prey: str, long: bool, record_property: Record
 ) -> None:
-    step = 1 if long else 60
+    step = 1 if long else 40
     program = f"import killed_callers as k; print(k.run(k.{prey}, {step}))"
     result = run_python(program, under=apart(), timeout=1100)
     assert (result.returncode, result.stderr) == (0, "")
     killed = int(result.stdout)
-    assert killed > 0
+    assert killed > 3
     record_property("killed callers", killed)

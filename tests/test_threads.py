@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pytest
 
 import victims
-from calls import opened, run_python
+from calls import C_FUNCTIONS, opened, run_python
 from mrelease import KillResult, Pidfd, Reaper, _mrelease, kill_all, kill_tree
 from mrelease._mrelease import (
     getcpu,
@@ -31,9 +31,6 @@ from mrelease._mrelease import (
 
 THREADS = 8
 LIMIT = victims.TIMEOUT
-FUNCTIONS = sorted(
-    name for name in dir(_mrelease) if callable(getattr(_mrelease, name))
-)
 
 T = TypeVar("T")
 Way = tuple[Callable[[], object], object]
@@ -123,8 +120,8 @@ def test_every_c_function_at_once_on_the_same_and_on_own_pidfds(long: bool) -> N
                 for turn in range(rounds):
                     found = [ways(pidfd) for pidfd in (shared, own)]
                     # Each thread begins with another function, and goes on to the next.
-                    for step in range(len(FUNCTIONS)):
-                        name = FUNCTIONS[(number + turn + step) % len(FUNCTIONS)]
+                    for step in range(len(C_FUNCTIONS)):
+                        name = C_FUNCTIONS[(number + turn + step) % len(C_FUNCTIONS)]
                         for call, expected in [*found[0][name], *found[1][name]]:
                             assert outcome(call) == expected, name
                             done += 1

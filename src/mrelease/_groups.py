@@ -307,7 +307,7 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
             idle = 0 if _kill_living(cgroup, batch) else idle + 1
             # Whoever was not there before was forked meanwhile, perhaps by one that
             # has ended by itself since it was listed.
-            present = {(pid, _proc.started(pid)) for pid in cgroup.all_pids()}
+            present = batch.open(_present, cgroup)
             if idle and present <= known:
                 break
             known = present
@@ -327,6 +327,11 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
     if results and all(result.outcome == "alive" for result in results):
         raise PermissionError(EPERM, os.strerror(EPERM), cgroup.path)
     return results
+
+
+def _present(cgroup: Cgroup) -> set[tuple[int, int | None]]:
+    """The pids that are listed, with start times, as pids are reused."""
+    return {(pid, _proc.started(pid)) for pid in cgroup.all_pids()}
 
 
 def _forget_killed(stops: Stops, batch: Batch) -> None:

@@ -180,6 +180,7 @@ def prepared(
 def suite(
     job: Job, python: Python, expected: str, *, own: bool, required: str = REQUIRED
 ) -> None:
+    """Prepare it, and run the whole suite."""
     venv = prepared(job, python, expected, own=own)
     tests(job, python, venv, {"MRELEASE_REQUIRE": required}, *job.args)
 
