@@ -72,6 +72,7 @@ def _why_no_subinterpreters() -> str | None:
 # What a test may need: @pytest.mark.needs("root", ...). MRELEASE_REQUIRE names those
 # that must be there: a test that lacks one fails instead of being skipped.
 REASONS: dict[str, Callable[[], str | None]] = {
+    "cc": _why_no("cc"),
     "cgroup1": cgroups.why_no_cgroup1,
     "cgroup2": cgroups.why_no_cgroup2,
     "cpus": victims.why_not_two_cpus,

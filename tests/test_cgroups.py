@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import cgroups
 import victims
 from calls import run_python
 from cgroups import Kind, cgroup, enter
-from mrelease import KillResult, Pidfd, cgroup_pidfds, kill, kill_cgroup
+from mrelease import KillResult, Pidfd, _groups, cgroup_pidfds, kill, kill_cgroup
 from victims import NOBODY, apart
 
 MIB = 1 << 20
@@ -153,20 +154,12 @@ def test_the_root_cgroup_may_be_listed_by_anybody() -> None:
 
 
 @both
-def test_what_is_not_iterated_holds_no_descriptor(kind: Kind) -> None:
+def test_between_two_members_it_holds_no_descriptor(kind: Kind) -> None:
     with cgroup(kind) as path, members(path, 2):
         before = os.listdir("/proc/self/fd")
         pidfds = cgroup_pidfds(path)
         next(pidfds).close()
         assert os.listdir("/proc/self/fd") == before
-
-
-@both
-def test_an_iterator_that_is_given_up_leaves_nothing_open(kind: Kind) -> None:
-    with cgroup(kind) as path, members(path, 2):
-        for pidfd in cgroup_pidfds(path):
-            pidfd.close()
-            break
 
 
 @both
@@ -614,6 +607,56 @@ while True:
             assert gone(path)
             assert family.running() == {}
             assert family.root in exited(results)
+
+
+HOPPER = """
+#include <sys/wait.h>
+#include <signal.h>
+#include <unistd.h>
+
+int main(void)
+{
+    signal(SIGCHLD, SIG_IGN);
+    while (fork() == 0)
+        continue;
+    return 0;
+}
+"""
+
+
+@pytest.mark.needs("root", "cgroup1", "cc")
+def test_one_that_forks_and_exits_all_the_time_is_killed(tmp_path: Path) -> None:
+    # Each lives for a moment only, and is gone when it is to be killed.
+    (tmp_path / "hopper.c").write_text(HOPPER)
+    subprocess.run(["cc", "-o", "hopper", "hopper.c"], cwd=tmp_path, check=True)
+    for _ in range(10):
+        with cgroup("v1") as path:
+            subprocess.run(
+                [tmp_path / "hopper"], preexec_fn=lambda: enter(path, os.getpid())
+            )
+            kill_cgroup(path, wait=True, timeout=None)
+            assert gone(path)
+
+
+@needs_v2
+def test_whoever_joins_after_the_write_to_cgroup_kill_is_killed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write(killer: int) -> None:
+        real(killer)
+        writes.append(killer)
+        if len(writes) == 1:
+            enter(path, joiner.pid)
+
+    real = _groups._write_kill
+    writes: list[int] = []
+    monkeypatch.setattr(_groups, "_write_kill", write)
+    with cgroup("v2") as path, members(path), victims.victim(1) as joiner:
+        if not (path / "cgroup.kill").exists():
+            pytest.skip("needs cgroup.kill of Linux 5.14")
+        results = kill_cgroup(path, wait=True, timeout=None)
+        assert joiner.pid in exited(results)
+        assert len(writes) == 2
 
 
 @both

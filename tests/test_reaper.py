@@ -918,6 +918,35 @@ with victims.exit_stopped() as first, victims.exit_stopped() as second, \\
 
 
 @needs_release
+@pytest.mark.parametrize("error", ["SystemExit", "KeyboardInterrupt"])
+@pytest.mark.parametrize("where", ["worker", "watcher"])
+def test_what_a_callback_raises_ends_no_thread(where: str, error: str) -> None:
+    program = f"""
+def fail(future):
+    raise {error}
+
+seen = []
+threading.excepthook = lambda args: seen.append(args.exc_type.__name__)
+with Reaper(1) as reaper:
+    before = len(threading.enumerate())
+    for _ in range(2):
+        if {where == "worker"}:
+            with victims.exit_stopped() as victim:
+                future = reaper.kill(victim.pid)
+                future.add_done_callback(fail)
+                future.result(LIMIT)
+        else:
+            with victims.victim() as victim:
+                future = reaper.kill(victim.pid, wait=True, timeout=None)
+                future.add_done_callback(fail)
+                future.result(LIMIT)
+    until(lambda: len(seen) == 2)
+    report(seen, len(threading.enumerate()) == before)
+"""
+    assert reported(program) == [[error, error], True]
+
+
+@needs_release
 @pytest.mark.parametrize("waiting", [True, False])
 @pytest.mark.parametrize("where", ["worker", "watcher"])
 def test_a_callback_may_close_while_other_kills_go_on(

@@ -212,6 +212,62 @@ def torture(mode: str, version: Literal["v2", "v1"], number: int = RECYCLED) -> 
         return figures
 
 
+REUSED = """
+import os, signal, subprocess
+from mrelease import _groups, kill_tree
+
+open("/proc/sys/kernel/pid_max", "w").write("400")
+while True:
+    root = subprocess.Popen(["sleep", "100"])
+    if root.pid > 300:  # those up to that are given once only
+        break
+    root.kill()
+    root.wait()
+real = _groups._check_tree
+
+def innocent():
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if wait_for_the_end.read(1) == b"" else 1)
+    _, status = os.waitpid(child, os.WUNTRACED)
+    report.write(b"%d" % status)
+    report.flush()
+    os._exit(0)
+
+def late(pid):
+    # What may happen by itself just then: the root ends, and its pid is given away.
+    real(pid)
+    root.kill()
+    root.wait()
+    while True:
+        child = os.fork()
+        if child == 0:
+            end.close()
+            innocent() if os.getpid() == pid else os._exit(0)
+        if child == pid:
+            return
+        os.waitpid(child, 0)
+
+reader, writer = os.pipe()
+answer, report = open(reader, "rb", 0), open(writer, "wb")
+reader, writer = os.pipe()
+wait_for_the_end, end = open(reader, "rb"), open(writer, "wb")
+_groups._check_tree = late
+print([result.outcome for result in kill_tree(root.pid, timeout=1)])
+end.close()
+report.close()
+print("status", int(answer.read()))
+os.wait()
+"""
+
+
+@pytest.mark.needs("root", "pidns", "unshare")
+def test_the_children_of_one_that_got_the_roots_pid_are_not_touched() -> None:
+    under = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
+    result = run_python(REUSED, under=under)
+    assert (result.stdout, result.stderr) == ("['exited']\nstatus 0\n", "")
+
+
 @pytest.mark.timeout(300)  # for emulated machines; 5 seconds on others
 @pytest.mark.needs("root", "pidns", "cgroup2", "unshare")
 @pytest.mark.parametrize(

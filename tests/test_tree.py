@@ -544,6 +544,56 @@ def test_if_it_fails_midway_nobody_is_left_stopped(fault: str) -> None:
     check_nobody_is_left_stopped(fault)
 
 
+def test_whom_it_stopped_goes_on_though_another_threads_signal_raises() -> None:
+    # Whichever thread a signal is for, its handler runs in the main one, which has
+    # blocked it: here at each step of the end, first while two are let go on, then
+    # while the guard's end is waited for.
+    with victims.victim(1) as one, victims.victim(1) as two:
+        program = f"""
+import os, signal, threading
+from mrelease import Pidfd, _stops
+from mrelease._stops import Stops
+
+signal.signal(signal.SIGUSR1, signal.default_int_handler)
+tripped, wakeup = os.pipe()
+os.set_blocking(wakeup, False)
+signal.set_wakeup_fd(wakeup)
+other = threading.Thread(target=lambda: threading.Event().wait(), daemon=True)
+other.start()
+
+def interrupt():
+    signal.pthread_kill(other.ident, signal.SIGUSR1)
+    os.read(tripped, 1)  # the other thread has had it; now it is the main one's turn
+
+def interrupted(real, calls):
+    def call(*args):
+        if os.getpid() == caller and calls:
+            calls.pop()
+            interrupt()
+        return real(*args)
+    return call
+
+caller = os.getpid()
+_stops._let_go_on = interrupted(_stops._let_go_on, [1, 2])
+os.waitpid = interrupted(os.waitpid, [1])
+try:
+    with Stops() as stops:
+        for pid in {one.pid}, {two.pid}:
+            with Pidfd.open(pid) as pidfd:
+                stops.stop(pidfd)
+except KeyboardInterrupt:
+    print("interrupted")
+try:
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+except ChildProcessError:
+    print("no child")
+"""
+        result = run_python(program, options=("-W", "error"))
+        assert (result.stdout, result.stderr) == ("interrupted\nno child\n", "")
+        for victim in one, two:
+            victim.wait_state("S")
+
+
 def test_without_descriptors_nobody_is_killed_or_left_stopped() -> None:
     with family(NESTED, *NAMES) as tree:
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):

@@ -35,8 +35,8 @@ _PATIENCE = 0.1
 _PATIENCE_PROCESS = 1e-4
 _PATIENCE_BYTE = 1 / 2**30
 # Rounds in which nobody could be killed, though others were there than before: they are
-# not ours to kill.
-_IDLE_ROUNDS = 100
+# not ours to kill. One that forks and exits all the time is missed in most rounds.
+_IDLE_ROUNDS = 1000
 _PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
 
 
@@ -93,7 +93,7 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     """Kill all processes in a cgroup and below it, v1 or v2, and free their memory.
 
     The large ones are killed and released first, one after the other; then cgroup.kill
-    (v2, Linux 5.14) ends the rest, whatever it forks; then that is released. Where
+    (v2, Linux 5.14) ends the rest, whatever it forks, and that is released. Where
     cgroup.kill is missing or not permitted, processes are killed until none is left,
     and those that fork meanwhile are stopped first.
 
@@ -103,7 +103,8 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     not proven, is "alive", its errno EPERM. Members of other pid namespaces have no pid
     here: only cgroup.kill kills them. With no descriptor left cgroup.kill still kills,
     from a forked child, and nothing is released: the results say "exiting", their errno
-    is EMFILE.
+    is EMFILE. Where there is no cgroup.kill, a forked child of the caller lets whoever
+    is stopped go on, should the caller be killed.
 
     Raises ValueError for the root cgroup, the caller's own and those above it, one
     that holds pid 1, and what is no cgroup; FileNotFoundError and the like if it
@@ -136,7 +137,8 @@ def kill_tree(target: Target, **options: Unpack[KillOptions]) -> list[KillResult
     Each is stopped (SIGSTOP) before its children are looked for, until no new one
     appears, so that none can fork its way out; then the descendants are killed and
     released, the largest first, and the process itself last. If that fails midway,
-    those that were stopped and not killed are continued.
+    those that were stopped and not killed are continued; if the caller is killed, too,
+    by a child that it forks for that.
 
     The options are kill()'s, timeout as for kill_all(). Returns a result for each,
     the process itself last. A descendant that may not be signalled is "alive", its
@@ -215,9 +217,8 @@ def _kill_by_file(
 ) -> list[KillResult]:
     """Release the largest, write to cgroup.kill, release the rest."""
     _kill_large(cgroup, batch)
-    _write_kill(killer)
     batch.patience = INFINITY  # nobody is left whose kill would have to wait
-    lacking = _kill_rest(cgroup, batch)
+    lacking = _kill_rest(cgroup, killer, batch)
     batch.finish()
     # Whoever may not be signalled any more, of a sudden, cgroup.kill has killed.
     refused = {s for s in batch.begun if isinstance(batch.results[s], OSError)}
@@ -262,21 +263,41 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
             raise
 
 
-def _kill_rest(cgroup: Cgroup, batch: Batch) -> int:
-    """Release whom cgroup.kill has killed; return the errno if descriptors run out."""
-    begun = {sequence.pidfd.pid for sequence in batch.begun}
+def _kill_rest(cgroup: Cgroup, killer: int, batch: Batch) -> int:
+    """Write to cgroup.kill, again if somebody has joined since, and release the rest.
+
+    Returns the errno if descriptors run out.
+    """
     lacking = 0
-    try:
-        for part in cgroup.walk():
-            for pid in part.pids():
-                if pid not in begun and (pidfd := batch.open(part.open, pid)):
-                    batch.add(pidfd, signal=SIGKILL)
-    except OSError as error:
-        if error.errno not in NO_DESCRIPTOR:
-            raise
-        lacking = error.errno
-    batch.flush()
+    for _ in range(_IDLE_ROUNDS):
+        _write_kill(killer)
+        joined = False
+        try:
+            joined = _add_killed(cgroup, batch)
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTOR:
+                raise
+            lacking = error.errno
+        batch.flush()
+        if not joined:
+            break
     return lacking
+
+
+def _add_killed(cgroup: Cgroup, batch: Batch) -> bool:
+    """Have whom cgroup.kill has killed released; say whether others have joined."""
+    begun = {sequence.pidfd.pid for sequence in batch.begun}
+    joined = False
+    for part in cgroup.walk():
+        for pid in part.pids():
+            if pid in begun or not (pidfd := batch.open(part.open, pid)):
+                continue
+            if _proc.dying(pid) is False and not _proc.is_kernel_thread(pid):
+                pidfd.close()
+                joined = True
+            else:
+                batch.add(pidfd, signal=SIGKILL)
+    return joined
 
 
 def _rest(

@@ -421,9 +421,7 @@ class Sequence:
         self.deadline = monotonic() + self.options.timeout
         self.to_kill = False
         self.release()
-        # EINVAL: it may live, as one does that joined a cgroup after cgroup.kill.
-        lives = self.errno == EINVAL and _proc.dying(self.pidfd.pid) is False
-        if self.options.boost and not lives:
+        if self.options.boost:
             self._boost({})
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections import deque
 from concurrent.futures import Future
 from operator import index
 from queue import SimpleQueue
 from select import POLLIN, poll
+from sys import exc_info
 from threading import Condition, Thread, current_thread, get_native_id
 from time import monotonic, sleep
 
@@ -445,9 +447,15 @@ def _poll(fds: Iterable[int], wakeup: int, timeout: float) -> set[int]:
 
 def _tell(future: Future[KillResult], result: KillResult | Exception | None) -> None:
     """Give a future its result, unless it has been cancelled."""
-    if not future.set_running_or_notify_cancel() or result is None:
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+    try:
+        if not future.set_running_or_notify_cancel() or result is None:
+            return
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+    except BaseException:
+        # Of a callback, such as SystemExit. It ends neither this thread nor the kills
+        # that the thread has still to look after.
+        args = threading.ExceptHookArgs((*exc_info(), current_thread()))
+        threading.excepthook(args)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _COUNT = Struct("=q")
 _ENTRY = Struct("=qq")  # pid, start time
 _ROOM = 1 << 16  # entries; more than can be stopped before they are killed
+_TRIES = 10  # to come to the end, though a signal's handler raises in between
 
 
 class Stops:
@@ -81,13 +82,35 @@ class Stops:
         return self
 
     def __exit__(self, *_: object) -> None:
+        raised: BaseException | None = None
+        for _try in range(_TRIES):
+            try:
+                # Other threads have their signals, whose handlers run in the main one.
+                with signals_blocked():
+                    self._end()
+                break
+            except BaseException as error:  # raised again below
+                raised = error
+        if raised:
+            raise raised
+
+    def _end(self) -> None:
+        """Let all go on, and end the guard. Can be done again."""
         try:
-            with signals_blocked():
-                if not all(_let_go_on(*one) for one in self._started.items()):
-                    run(self._let_all_go_on)
+            if not all(_let_go_on(*one) for one in self._started.items()):
+                run(self._let_all_go_on)
         finally:
-            if self._guard:
-                _end(self._guard)
+            self._end_guard()
+
+    def _end_guard(self) -> None:
+        if guard := self._guard:
+            try:
+                guard.send_signal(SIGKILL)
+                os.waitpid(guard.pid, 0)
+            except (ChildProcessError, ProcessLookupError):
+                pass  # the application has reaped it
+            self._guard = None
+            guard.close()
 
     def _let_all_go_on(self) -> bytes:
         """In a child, which can close its copies of the descriptors."""
@@ -116,15 +139,6 @@ def _let_go_on(pid: int, started: int) -> bool:
     except (OSError, ValueError) as error:  # gone, or its pid is a thread's now
         return getattr(error, "errno", 0) not in _proc.NO_DESCRIPTOR
     return True
-
-
-def _end(guard: Pidfd) -> None:
-    with guard:
-        try:
-            guard.send_signal(SIGKILL)
-            os.waitpid(guard.pid, 0)
-        except (ChildProcessError, ProcessLookupError):
-            pass  # the application has reaped it
 
 
 def _guard(caller: int, shared: mmap) -> None:
