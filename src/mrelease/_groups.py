@@ -218,7 +218,7 @@ def _kill_by_file(
     """Release the largest, write to cgroup.kill, release the rest."""
     _kill_large(cgroup, batch)
     batch.patience = INFINITY  # nobody is left whose kill would have to wait
-    lacking = _kill_rest(cgroup, killer, batch)
+    lacking = _kill_rest(cgroup, killer, pids, batch)
     batch.finish()
     # Whoever may not be signalled any more, of a sudden, cgroup.kill has killed.
     refused = {s for s in batch.begun if isinstance(batch.results[s], OSError)}
@@ -263,15 +263,15 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
             raise
 
 
-def _kill_rest(cgroup: Cgroup, killer: int, batch: Batch) -> int:
+def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> int:
     """Write to cgroup.kill, again if somebody has joined since, and release the rest.
 
-    Returns the errno if descriptors run out.
+    Adds the joiners to the pids. Returns the errno if descriptors run out.
     """
     lacking = 0
     for _ in range(_IDLE_ROUNDS):
         _write_kill(killer)
-        joined = False
+        joined: list[int] = []
         try:
             joined = _add_killed(cgroup, batch)
         except OSError as error:
@@ -279,22 +279,23 @@ def _kill_rest(cgroup: Cgroup, killer: int, batch: Batch) -> int:
                 raise
             lacking = error.errno
         batch.flush()
+        pids += joined  # who may be gone when they are next looked for
         if not joined:
             break
     return lacking
 
 
-def _add_killed(cgroup: Cgroup, batch: Batch) -> bool:
-    """Have whom cgroup.kill has killed released; say whether others have joined."""
+def _add_killed(cgroup: Cgroup, batch: Batch) -> list[int]:
+    """Have whom cgroup.kill has killed released; return who has joined since."""
     begun = {sequence.pidfd.pid for sequence in batch.begun}
-    joined = False
+    joined: list[int] = []
     for part in cgroup.walk():
         for pid in part.pids():
             if pid in begun or not (pidfd := batch.open(part.open, pid)):
                 continue
             if _proc.dying(pid) is False and not _proc.is_kernel_thread(pid):
                 pidfd.close()
-                joined = True
+                joined.append(pid)
             else:
                 batch.add(pidfd, signal=SIGKILL)
     return joined
