@@ -166,19 +166,26 @@ def main() -> int:
         ours, args = ours[:at], ours[at + 1 :]
     parser = argparse.ArgumentParser(
         prog="tests/matrix/run",
-        usage="%(prog)s [--list] [--report] [--source DIR] [NAME... | all] [-- ARGS]",
+        usage="%(prog)s [--list | --json] [--report] [--source DIR]"
+        " [NAME... | all] [-- ARGS]",
         description="Run the tests where this machine is not, one line a cell; needs"
         " root on Debian. ARGS are pytest's, in place of the whole suite. What is"
         " fetched or made, and the logs, are in $MRELEASE_CACHE.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the cells")
+    parser.add_argument(
+        "--json", action="store_true", help="their names, for a workflow"
+    )
     parser.add_argument("--report", action="store_true", help="write docs/testing.md")
     parser.add_argument("--source", type=Path, default=HERE, help="another checkout")
     options = parser.parse_args(ours)
     names = list(CELLS) if options.names == ["all"] else options.names
     if unknown := set(names) - CELLS.keys():
         parser.error(f"no such cell: {', '.join(sorted(unknown))}")
+    if options.json:
+        print(json.dumps(list(CELLS)))
+        return 0
     if options.list or not (names or options.report):
         for name, cell in CELLS.items():
             print(f"{name:15} {cell.minutes:3} min  {cell.about}")
