@@ -55,6 +55,7 @@ class Job:
     work: Path  # a directory of its own, removed at the end
     log: IO[str]
     args: list[str]  # for pytest, in place of the whole suite
+    wheels: Path | None = None  # a folder of those to be tested, built elsewhere
     on: dict[str, str] = field(default_factory=dict)  # kernel, Python, CPU: as seen
     runs: list[Run] = field(default_factory=list)
     figures: dict[str, int] = field(default_factory=dict)  # which the tests print
@@ -138,7 +139,9 @@ PYTEST = ["--timeout", "300", "-p", "no:cacheprovider"]
 
 
 @contextmanager
-def job(name: str, source: Path, args: Sequence[str]) -> Iterator[Job]:
+def job(
+    name: str, source: Path, args: Sequence[str], wheels: Path | None = None
+) -> Iterator[Job]:
     (CACHE / "logs").mkdir(parents=True, exist_ok=True)
     (CACHE / "work").mkdir(exist_ok=True)
     with (
@@ -146,7 +149,7 @@ def job(name: str, source: Path, args: Sequence[str]) -> Iterator[Job]:
         tempfile.TemporaryDirectory(prefix=f"{name}-", dir=CACHE / "work") as work,
     ):
         os.chmod(work, 0o755)
-        yield Job(name, source, Path(work), log, list(args))
+        yield Job(name, source, Path(work), log, list(args), wheels)
 
 
 def output(*command: object) -> str:

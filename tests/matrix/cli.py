@@ -115,12 +115,12 @@ CELLS = {
 }
 
 
-def one(name: str, source: Path, args: list[str]) -> bool:
+def one(name: str, source: Path, args: list[str], wheels: Path | None) -> bool:
     """Run a cell, print its line, keep its result; whether it has not failed."""
     print(f"{name:15}", end=" ", flush=True)
     start, commit = time.monotonic(), project.commit(source)
     why = ""
-    with job(name, source, args) as this:
+    with job(name, source, args, wheels) as this:
         try:
             CELLS[name].run(this)
             state = "ok"
@@ -167,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="tests/matrix/run",
         usage="%(prog)s [--list | --json] [--report] [--source DIR]"
-        " [NAME... | all] [-- ARGS]",
+        " [--wheels DIR] [NAME... | all] [-- ARGS]",
         description="Run the tests where this machine is not, one line a cell; needs"
         " root on Debian. ARGS are pytest's, in place of the whole suite. What is"
         " fetched or made, and the logs, are in $MRELEASE_CACHE.",
@@ -179,6 +179,12 @@ def main() -> int:
     )
     parser.add_argument("--report", action="store_true", help="write docs/testing.md")
     parser.add_argument("--source", type=Path, default=HERE, help="another checkout")
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        metavar="DIR",
+        help="test the wheels there, of .ci/cross, in emulated machines",
+    )
     options = parser.parse_args(ours)
     names = list(CELLS) if options.names == ["all"] else options.names
     if unknown := set(names) - CELLS.keys():
@@ -192,7 +198,8 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, _stop)
     source = options.source.resolve()
-    good = [one(name, source, args) for name in names]
+    wheels = options.wheels.resolve() if options.wheels else None
+    good = [one(name, source, args, wheels) for name in names]
     if options.report:
         report.write(CELLS, CACHE / "results", source / "docs/testing.md")
     return 0 if all(good) else 1

@@ -21,6 +21,7 @@ REQUIRED = "release,root,seccomp,strace"
 @dataclass(frozen=True)
 class Architecture:
     triplet: str
+    wheel: str  # what wheels call it
     elf: tuple[int, str]  # e_machine, and struct's letter for the byte order
     flavour: str  # of Debian's kernel
     machine: guest.Machine
@@ -30,6 +31,7 @@ class Architecture:
 ARCHITECTURES = {
     "arm64": Architecture(
         "aarch64-linux-gnu",
+        "aarch64",
         (183, "<"),
         "cloud-arm64",
         guest.Machine(
@@ -42,6 +44,7 @@ ARCHITECTURES = {
     ),
     "armhf": Architecture(
         "arm-linux-gnueabihf",
+        "armv7l",
         (40, "<"),
         "armmp",
         guest.Machine(
@@ -54,6 +57,7 @@ ARCHITECTURES = {
     ),
     "ppc64le": Architecture(
         "powerpc64le-linux-gnu",
+        "ppc64le",
         (21, "<"),
         "powerpc64le",
         guest.Machine(
@@ -66,6 +70,7 @@ ARCHITECTURES = {
     ),
     "riscv64": Architecture(
         "riscv64-linux-gnu",
+        "riscv64",
         (243, "<"),
         "riscv64",
         guest.Machine(
@@ -79,6 +84,7 @@ ARCHITECTURES = {
     ),
     "s390x": Architecture(
         "s390x-linux-gnu",
+        "s390x",
         (22, ">"),
         "s390x",
         guest.Machine(
@@ -115,7 +121,7 @@ def cross(job: Job, arch: Architecture, target: Path) -> Path:
     env = {
         "CFLAGS": f"-idirafter {target}/usr/include",
         "PYTHONPATH": str(settings),
-        "_PYTHON_HOST_PLATFORM": f"linux-{arch.triplet.partition('-')[0]}",
+        "_PYTHON_HOST_PLATFORM": f"linux-{arch.wheel}",
         "_PYTHON_SYSCONFIGDATA_NAME": config.stem,
     }
     pip = [venv / "bin/python", "-m", "pip", "-q"]
@@ -150,7 +156,7 @@ def emulated(job: Job, name: str) -> None:
     target = debian.root(job, arch.suite, packages, arch=arch.machine.arch)
     overlay = job.work / "overlay"
     checkout = project.copy(job)
-    wheel = cross(job, arch, target)
+    wheel = project.given(job, "manylinux", arch.wheel) or cross(job, arch, target)
     shutil.copytree(checkout, overlay / "checkout")
     version = Path((target / "usr/bin/python3").readlink()).name
     site = overlay / f"usr/local/lib/{version}/dist-packages"

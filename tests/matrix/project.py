@@ -72,6 +72,17 @@ def wheel(job: Job) -> Path:
     return found[0]
 
 
+def given(job: Job, libc: str, machine: str) -> Path | None:
+    """The wheel for a machine among those that are to be tested; None: build one."""
+    if not job.wheels:
+        return None
+    found = list(job.wheels.glob(f"mrelease-*-cp311-abi3-{libc}*_{machine}.whl"))
+    if len(found) != 1:
+        raise Failure(f"{len(found)} wheels of {libc} for {machine} in {job.wheels}")
+    job.on["wheel"] = found[0].name
+    return found[0]
+
+
 def site(job: Job) -> Path:
     """What the tests need, for the oldest Python: its site-packages."""
     _oldest(job, "-m", "pip", "-q", "install", *test_extra(job.source))
