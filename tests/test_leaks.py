@@ -6,6 +6,7 @@ block of memory; a debug build counts the references as well.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -115,6 +116,7 @@ def calls_of(name: str, pidfd: int) -> list[Callable[[], object]]:
 
 
 def held() -> dict[str, int]:
+    gc.collect()  # what others have left would go meanwhile, and hide what stays
     references = getattr(sys, "gettotalrefcount", lambda: 0)()
     return {
         "references": references,
