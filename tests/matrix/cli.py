@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from matrix import kernels, long, machines, project, pythons, report, sanitizers
+from matrix import guard, kernels, long, machines, project, pythons, report, sanitizers
 from matrix.base import CACHE, Failure, Job, Skip, job
 
 HERE = Path(__file__).resolve().parents[2]
@@ -77,6 +77,11 @@ CELLS = {
         )
         for version in ("3.11", "3.14")
     },
+    "guard": Cell(
+        guard.run,
+        "examples/guard.py in guests of 512 MiB that run out of it, with PSI and not",
+        6,
+    ),
     "fuzz": Cell(
         long.fuzz,
         "100 000 calls with arguments of every kind, 2000 sequences of calls",

@@ -74,9 +74,9 @@ python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'  # power off
 
 
 def tests_as(label: str, required: str, args: list[str]) -> str:
-    """The lines of a guest's job that run pytest as this user."""
+    """The lines of a guest's job that run pytest; as root, unless it is for nobody."""
     pytest = ["python3", "-P", "-m", "pytest", "-q", *PYTEST, *args]
-    if label != "root":
+    if label == "nobody":
         user = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups env HOME=/tmp"
         prefix = f"setpriv {user}"
     else:
@@ -120,10 +120,11 @@ def boot(
     overlay: Path,
     script: str,
     timeout: float,
+    append: str = "",
 ) -> None:
     """Boot, run the job's script, take its counts.
 
-    The guest has the files of root and those of overlay.
+    The guest has the files of root and those of overlay. `append`: for the kernel.
     """
     tools = debian.root(job, QEMU_SUITE, ["cpio", *machine.packages])
     base = CACHE / "cpio" / f"{root.name}.cpio"
@@ -148,7 +149,7 @@ def boot(
         *machine.command,
         *("-m", str(machine.mib), "-smp", "2", "-nographic", "-nic", "none"),
         *("-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append"),
-        f"console={machine.console} quiet panic=-1 rdinit=/init",
+        f"console={machine.console} quiet panic=-1 rdinit=/init {append}".rstrip(),
         timeout=timeout,
     )
     take(job, job.logged(before).replace("\r", ""), status)

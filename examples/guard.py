@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Kill the largest process when memory runs short, before the kernel has to.
+
+What oomd and Android's lmkd do, with process_mrelease(2): wait until the kernel reports
+that processes stall for want of memory (PSI), or until little is left; kill one; judge
+again when its memory is back, so that no other dies for the same shortage. A line of
+JSON tells of each kill. SIGTERM ends it. Linux 5.15; root, or the victims' user.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from errno import EINVAL
+from pathlib import Path
+from select import POLLIN, POLLPRI, poll
+from typing import IO, NamedTuple
+
+from mrelease import Pidfd, Reaper, cgroup_pidfds, harden
+
+LOOK = 0.1  # seconds between looks at what is left; PSI wakes us by itself
+PATIENCE = 30.0  # seconds for memory to come back, until its holder is given up
+REST = 1.0  # seconds after a judgement that has killed nobody
+
+
+class Process(NamedTuple):
+    pid: int
+    started: int  # in clock ticks after boot: tells it from a later one with its pid
+    uid: int
+    name: str
+    anonymous: int  # bytes of memory and swap that die with it
+    oom_score_adj: int
+
+
+def look(pid: int) -> Process | None:
+    """What /proc says; None of kernel threads, and of what has gone or is hidden."""
+    # No other files: cmdline would wait for the lock that a stuck process may hold.
+    proc = Path(f"/proc/{pid}")
+    try:
+        status = fields(proc / "status")
+        started = int((proc / "stat").read_bytes().rpartition(b")")[2].split()[19])
+        anonymous = kib(status["RssAnon"]) + kib(status["VmSwap"])
+        adjustment = int((proc / "oom_score_adj").read_bytes())
+    except (FileNotFoundError, ProcessLookupError, PermissionError, KeyError):
+        return None
+    uid = int(status["Uid"].split()[0])
+    return Process(pid, started, uid, status["Name"], anonymous, adjustment)
+
+
+def fields(path: Path) -> dict[str, str]:
+    lines = path.read_text(errors="replace").split("\n")  # a name may have the others
+    return {name: rest.strip() for name, _, rest in (x.partition(":") for x in lines)}
+
+
+def kib(text: str) -> int:
+    return int(text.split()[0]) * 1024
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory and swap: what is left, and all."""
+    size = fields(Path("/proc/meminfo"))
+    left = kib(size["MemAvailable"]) + kib(size["SwapFree"])
+    return left, kib(size["MemTotal"]) + kib(size["SwapTotal"])
+
+
+def candidates(cgroup: Path | None) -> list[int]:
+    if cgroup is None:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    pids = []
+    try:
+        for pidfd in cgroup_pidfds(cgroup):
+            with pidfd:
+                pids.append(pidfd.pid)
+    except (OSError, ValueError) as error:  # no cgroup, or it has been removed
+        sys.exit(f"guard: {error}")
+    return pids
+
+
+def choose(
+    pids: Iterable[int],
+    avoid: Iterable[re.Pattern[str]] = (),
+    spent: Container[tuple[int, int]] = (),
+) -> Process | None:
+    """Who holds most; oom_score_adj adds thousandths of all memory, -1000 spares."""
+    _, total = memory()
+    found = filter(None, map(look, set(pids) - {1, os.getpid()}))
+    able = [
+        process
+        for process in found
+        if process.anonymous
+        and process.oom_score_adj > -1000
+        and (process.pid, process.started) not in spent
+        and not any(pattern.search(process.name) for pattern in avoid)
+    ]
+    return max(
+        able,
+        key=lambda one: one.anonymous + one.oom_score_adj * total / 1000,
+        default=None,
+    )
+
+
+def kill(reaper: Reaper, victim: Process) -> dict[str, object]:
+    """Kill it and wait until its memory is back; what came of it, for the log."""
+
+    def is_victim(pid: int) -> bool:
+        now = look(pid)
+        return now is not None and now[:3] == victim[:3]
+
+    try:
+        with Pidfd.open(victim.pid, verify=is_victim) as pidfd:
+            future = reaper.kill(pidfd, timeout=PATIENCE, measure=True)
+        return future.result().as_dict()
+    except OSError as error:  # it has gone meanwhile, or is not ours to kill
+        return {"released": False, "error": str(error)}
+
+
+def arm(pressure: Path, trigger: str) -> IO[bytes]:
+    """Have the kernel tell of stalls from now on: those of before do not count."""
+    with ExitStack() as stack:
+        file = stack.enter_context(open(pressure, "r+b", buffering=0))
+        file.write(trigger.encode() + b"\0")
+        stack.pop_all()
+    return file
+
+
+def shortages(stop: int, pressure: Path, trigger: str, least: float) -> Iterator[str]:
+    """Wait until memory is short, again and again; say what tells of it."""
+    while True:
+        with ExitStack() as stack:
+            poller = poll()
+            poller.register(stop, POLLIN)
+            with suppress(OSError):  # no PSI, as was said at the start
+                poller.register(stack.enter_context(arm(pressure, trigger)), POLLPRI)
+            reason = ""
+            while not reason:
+                events = dict(poller.poll(LOOK * 1000))
+                left, total = memory()
+                if stop in events:
+                    return
+                if events:
+                    reason = "pressure"
+                elif left < total * least / 100:
+                    reason = "left"
+        yield reason
+
+
+def stopped() -> int:
+    """A descriptor that is readable once we are told to end."""
+    readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writable)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return readable
+
+
+def log(event: str, *details: dict[str, object]) -> None:
+    line: dict[str, object] = {"time": round(time.time(), 3), "event": event}
+    for more in details:
+        line |= more
+    print(json.dumps(line), flush=True)
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def percent(text: str) -> float:
+    if not 0 <= float(text) <= 100:
+        raise ValueError(text)
+    return float(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    # A process names itself: --avoid is for friends, oom_score_adj for the others.
+    add("--avoid", metavar="REGEX", type=pattern, action="append", default=[])
+    add("--cgroup", metavar="DIR", type=Path, help="watch and kill in this one alone")
+    add("--left", metavar="PERCENT", type=percent, default=10.0)
+    add("--trigger", default="some 200000 2000000", help="as PSI takes it, in µs")
+    add("--dry-run", action="store_true", help="say who would die, kill nobody")
+    options = parser.parse_args()
+    cgroup: Path | None = options.cgroup
+    pressure = cgroup / "memory.pressure" if cgroup else Path("/proc/pressure/memory")
+    candidates(cgroup)
+    try:
+        arm(pressure, options.trigger).close()
+        watched = str(pressure)
+    except OSError as error:
+        if error.errno == EINVAL:
+            parser.error(f"the kernel does not take the trigger {options.trigger!r}")
+        watched = str(error)
+    stop = stopped()
+    refused = {name: str(error) for name, error in harden().items() if error}
+    log("start", {"pressure": watched, "refused": refused})
+    spent: set[tuple[int, int]] = set()
+    with Reaper() as reaper:
+        for reason in shortages(stop, pressure, options.trigger, options.left):
+            victim = choose(candidates(cgroup), options.avoid, spent)
+            seen = {"reason": reason, "left": memory()[0]}
+            if victim is None or options.dry_run:
+                log(
+                    "dry run" if victim else "nobody",
+                    seen,
+                    victim._asdict() if victim else {},
+                )
+                time.sleep(REST)
+                continue
+            result = kill(reaper, victim)
+            log("kill", seen, victim._asdict(), result)
+            if not result["released"]:
+                spent.add((victim.pid, victim.started))
+
+
+if __name__ == "__main__":
+    main()

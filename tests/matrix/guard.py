@@ -1,0 +1,59 @@
+"""examples/guard.py in a guest that runs out of memory, with PSI and without."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from matrix import debian, guest, kernels, project
+from matrix.base import Failure, Job
+
+REQUIRED = "cgroup2,memcg,release,root"
+MIB = 512  # of the guest's memory, a half is the guest's own files
+SWAP = """
+echo 256M > /sys/block/zram0/disksize
+mkswap -q /dev/zram0 || mkswap /dev/zram0
+swapon /dev/zram0
+"""
+# What of the tests' needs these tests have not: it would take memory.
+UNUSED = ("hypothesis*", "psutil*", "uvloop*", "setuptools*", "pip*", "wheel*")
+
+
+def small(job: Job) -> Path:
+    """The files of a guest with little memory: the checkout and the tests' needs."""
+    overlay = job.work / "overlay"
+    shutil.copytree(project.copy(job), overlay / "checkout")
+    site = overlay / "usr/local/lib/python3.11/dist-packages"
+    unused = shutil.ignore_patterns(*UNUSED)
+    shutil.copytree(project.site(job), site, ignore=unused)
+    project.install(project.wheel(job), site)
+    return overlay
+
+
+def boot(job: Job, overlay: Path, label: str, tests: str, append: str = "") -> None:
+    """Run a file of tests, as root, on Debian 12's kernel with little memory."""
+    kernel = kernels.fetch(job, project.OLDEST, "6.1")
+    kernels.modules(job, kernel, overlay)
+    guest.boot(
+        job,
+        dataclasses.replace(guest.X86, mib=MIB),
+        kernel=kernels.image(kernel),
+        root=debian.root(job, project.OLDEST, kernels.PYTHON),
+        overlay=overlay,
+        script=SWAP + guest.tests_as(label, REQUIRED, job.args or [tests]),
+        append=append,
+        timeout=900,
+    )
+
+
+def run(job: Job) -> None:
+    overlay = small(job)
+    failures = []
+    for label, append in (("psi", ""), ("available", "psi=0")):
+        try:
+            boot(job, overlay, label, "tests/exhaust_guard.py", append)
+        except Failure as failure:
+            failures.append(f"{label}: {failure}")
+    if failures:
+        raise Failure("; ".join(failures))
