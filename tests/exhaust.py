@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from typing import Self
 
 import victims
 
@@ -103,26 +104,34 @@ def starved_hog(mib: int) -> Iterator[victims.Victim]:
 
 
 class Watch:
-    """Watches memory come back, in a thread: `back` is when, by time.time()."""
+    """Watches, in a thread, a victim's memory come back: `back` is the time().
 
-    def __init__(self, before: int) -> None:
-        self.before = before
-        self.held = anonymous() - before
+    A victim's own figures vanish long before its memory is back, so this looks at the
+    whole machine's, which fall from their highest by what the victim held.
+    """
+
+    def __init__(self, victim: victims.Victim) -> None:
+        self.size = victim.anon()
         self.back: float | None = None
         self._stop = Event()
         self._thread = Thread(target=self._run)
 
     def _run(self) -> None:
+        highest = 0
         while self.back is None and not self._stop.wait(0.005):
-            if anonymous() - self.before <= (1 - BACK) * self.held:
+            now = anonymous()
+            highest = max(highest, now)
+            if highest - now >= BACK * self.size:
                 self.back = time.time()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def wait(self) -> None:
+    def seconds(self, decided: float) -> float:
+        """Wait until it is back, at most LIMIT; how long it was from the decision."""
         self._thread.join(LIMIT)
+        return LIMIT if self.back is None else self.back - decided
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()

@@ -141,11 +141,8 @@ WAYS: dict[str, Path | str] = {"SIGKILL alone": ALONE, "mrelease": GUARD}
 def test_time_until_the_memory_of_a_starved_hog_is_back(
     way: str, record_property: Callable[[str, object], None]
 ) -> None:
-    before = exhaust.anonymous()
-    with exhaust.starved_hog(96), exhaust.Watch(before) as watch:
+    with exhaust.starved_hog(96) as hog, exhaust.Watch(hog) as watch:
         with guard(*ONLY_HOGS, program=WAYS[way]) as this:
             line = this.line()
-        watch.wait()
-        decided = line["time"] - line["elapsed"]
-        back = (watch.back or decided + exhaust.LIMIT) - decided
-    record_property(f"ms until memory was back by {way}", round(back * 1000))
+        seconds = watch.seconds(line["time"] - line["elapsed"])
+    record_property(f"ms until memory was back by {way}", round(seconds * 1000))

@@ -13,7 +13,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from matrix import guard, kernels, long, machines, project, pythons, report, sanitizers
+from matrix import (
+    guard,
+    kernels,
+    long,
+    machines,
+    nohang,
+    project,
+    pythons,
+    report,
+    sanitizers,
+)
 from matrix.base import CACHE, Failure, Job, Skip, job
 
 HERE = Path(__file__).resolve().parents[2]
@@ -81,6 +91,11 @@ CELLS = {
         guard.run,
         "examples/guard.py in guests of 512 MiB that run out of it, with PSI and not",
         6,
+    ),
+    "nohang": Cell(
+        nohang.run,
+        "Debian's nohang as it is and with mrelease's kill, in a guest of 512 MiB",
+        4,
     ),
     "fuzz": Cell(
         long.fuzz,

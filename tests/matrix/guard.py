@@ -11,6 +11,7 @@ from matrix.base import Failure, Job
 
 REQUIRED = "cgroup2,memcg,release,root"
 MIB = 512  # of the guest's memory, a half is the guest's own files
+KERNEL = (project.OLDEST, "6.1")
 SWAP = """
 echo 256M > /sys/block/zram0/disksize
 mkswap -q /dev/zram0 || mkswap /dev/zram0
@@ -28,20 +29,29 @@ def small(job: Job) -> Path:
     unused = shutil.ignore_patterns(*UNUSED)
     shutil.copytree(project.site(job), site, ignore=unused)
     project.install(project.wheel(job), site)
+    kernels.modules(job, kernels.fetch(job, *KERNEL), overlay)
     return overlay
 
 
-def boot(job: Job, overlay: Path, label: str, tests: str, append: str = "") -> None:
+def boot(
+    job: Job,
+    overlay: Path,
+    label: str,
+    tests: str,
+    *,
+    append: str = "",
+    swap: bool = True,
+) -> None:
     """Run a file of tests, as root, on Debian 12's kernel with little memory."""
-    kernel = kernels.fetch(job, project.OLDEST, "6.1")
-    kernels.modules(job, kernel, overlay)
+    kernel = kernels.fetch(job, *KERNEL)
     guest.boot(
         job,
         dataclasses.replace(guest.X86, mib=MIB),
         kernel=kernels.image(kernel),
         root=debian.root(job, project.OLDEST, kernels.PYTHON),
         overlay=overlay,
-        script=SWAP + guest.tests_as(label, REQUIRED, job.args or [tests]),
+        script=(SWAP if swap else "")
+        + guest.tests_as(label, REQUIRED, job.args or [tests]),
         append=append,
         timeout=900,
     )
@@ -52,7 +62,7 @@ def run(job: Job) -> None:
     failures = []
     for label, append in (("psi", ""), ("available", "psi=0")):
         try:
-            boot(job, overlay, label, "tests/exhaust_guard.py", append)
+            boot(job, overlay, label, "tests/exhaust_guard.py", append=append)
         except Failure as failure:
             failures.append(f"{label}: {failure}")
     if failures:
