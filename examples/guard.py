@@ -12,9 +12,8 @@ import json
 import os
 import re
 import signal
-import sys
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from errno import EINVAL
 from pathlib import Path
@@ -68,40 +67,26 @@ def memory() -> tuple[int, int]:
     return left, kib(size["MemTotal"]) + kib(size["SwapTotal"])
 
 
-def candidates(cgroup: Path | None) -> list[int]:
+def candidates(cgroup: Path | None) -> set[int]:
     if cgroup is None:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    pids = []
-    try:
-        for pidfd in cgroup_pidfds(cgroup):
-            with pidfd:
-                pids.append(pidfd.pid)
-    except (OSError, ValueError) as error:  # no cgroup, or it has been removed
-        sys.exit(f"guard: {error}")
+        return {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    pids = set()
+    for pidfd in cgroup_pidfds(cgroup):
+        with pidfd:
+            pids.add(pidfd.pid)
     return pids
 
 
-def choose(
-    pids: Iterable[int],
-    avoid: Iterable[re.Pattern[str]] = (),
-    spent: Container[tuple[int, int]] = (),
-) -> Process | None:
+def choose(pids: set[int], spare: Callable[[Process], bool]) -> Process | None:
     """Who holds most; oom_score_adj adds thousandths of all memory, -1000 spares."""
     _, total = memory()
-    found = filter(None, map(look, set(pids) - {1, os.getpid()}))
-    able = [
-        process
-        for process in found
-        if process.anonymous
-        and process.oom_score_adj > -1000
-        and (process.pid, process.started) not in spent
-        and not any(pattern.search(process.name) for pattern in avoid)
-    ]
-    return max(
-        able,
-        key=lambda one: one.anonymous + one.oom_score_adj * total / 1000,
-        default=None,
-    )
+
+    def weight(one: Process) -> float:
+        return one.anonymous + one.oom_score_adj * total / 1000
+
+    found = [one for one in map(look, pids - {1, os.getpid()}) if one and one.anonymous]
+    able = [one for one in found if one.oom_score_adj > -1000 and not spare(one)]
+    return max(able, key=weight, default=None)
 
 
 def kill(reaper: Reaper, victim: Process) -> dict[str, object]:
@@ -134,7 +119,7 @@ def shortages(stop: int, pressure: Path, trigger: str, least: float) -> Iterator
         with ExitStack() as stack:
             poller = poll()
             poller.register(stop, POLLIN)
-            with suppress(OSError):  # no PSI, as was said at the start
+            with suppress(OSError):  # as was said at the start
                 poller.register(stack.enter_context(arm(pressure, trigger)), POLLPRI)
             reason = ""
             while not reason:
@@ -158,10 +143,8 @@ def stopped() -> int:
     return readable
 
 
-def log(event: str, *details: dict[str, object]) -> None:
-    line: dict[str, object] = {"time": round(time.time(), 3), "event": event}
-    for more in details:
-        line |= more
+def log(event: str, details: dict[str, object]) -> None:
+    line = {"time": round(time.time(), 3), "event": event, **details}
     print(json.dumps(line), flush=True)
 
 
@@ -192,35 +175,43 @@ def main() -> None:
     options = parser.parse_args()
     cgroup: Path | None = options.cgroup
     pressure = cgroup / "memory.pressure" if cgroup else Path("/proc/pressure/memory")
-    candidates(cgroup)
+    try:
+        candidates(cgroup)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     try:
         arm(pressure, options.trigger).close()
         watched = str(pressure)
-    except OSError as error:
+    except OSError as error:  # no PSI: what is left has to do
         if error.errno == EINVAL:
             parser.error(f"the kernel does not take the trigger {options.trigger!r}")
         watched = str(error)
+    spent: set[tuple[int, int]] = set()  # those whose memory has not come back
+
+    def spare(one: Process) -> bool:
+        avoided = any(regex.search(one.name) for regex in options.avoid)
+        return avoided or (one.pid, one.started) in spent
+
     stop = stopped()
     refused = {name: str(error) for name, error in harden().items() if error}
     log("start", {"pressure": watched, "refused": refused})
-    spent: set[tuple[int, int]] = set()
     with Reaper() as reaper:
         for reason in shortages(stop, pressure, options.trigger, options.left):
-            victim = choose(candidates(cgroup), options.avoid, spent)
+            victim = choose(candidates(cgroup), spare)
             seen = {"reason": reason, "left": memory()[0]}
-            if victim is None or options.dry_run:
-                log(
-                    "dry run" if victim else "nobody",
-                    seen,
-                    victim._asdict() if victim else {},
-                )
+            seen |= victim._asdict() if victim else {}
+            if victim and not options.dry_run:
+                result = kill(reaper, victim)
+                log("kill", seen | result)
+                if not result["released"]:
+                    spent.add((victim.pid, victim.started))
+            else:
+                log("dry run" if victim else "nobody", seen)
                 time.sleep(REST)
-                continue
-            result = kill(reaper, victim)
-            log("kill", seen, victim._asdict(), result)
-            if not result["released"]:
-                spent.add((victim.pid, victim.started))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FileNotFoundError as error:  # the cgroup has been removed
+        raise SystemExit(f"guard: {error}") from None

@@ -24,6 +24,8 @@ HOGS = 3
 # All but hogs: for where the guard is to find memory short whatever there is.
 ONLY_HOGS = ("--avoid", "^(?!hog$)", "--left", "100")
 
+needs_psi = pytest.mark.skipif(not HAS_PSI, reason="the guest was booted without PSI")
+
 exhaust.check_machine()
 
 
@@ -100,7 +102,7 @@ def test_of_two_hogs_that_grow_at_once_each_is_killed_once() -> None:
     assert exhaust.oom_kills() == before
 
 
-@pytest.mark.skipif(not HAS_PSI, reason="the guest was booted without PSI")
+@needs_psi
 def test_in_a_cgroup_that_is_throttled_its_largest_is_killed_and_no_other() -> None:
     with (
         cgroups.cgroup("memory") as path,
@@ -137,6 +139,7 @@ guard.main()
 WAYS: dict[str, Path | str] = {"SIGKILL alone": ALONE, "mrelease": GUARD}
 
 
+@needs_psi  # of the two guests one is enough
 @pytest.mark.parametrize("way", WAYS)
 def test_time_until_the_memory_of_a_starved_hog_is_back(
     way: str, record_property: Callable[[str, object], None]

@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import cgroups
 import victims
 from calls import apart, run_python
 
@@ -44,50 +44,59 @@ def guard() -> ModuleType:
     return module
 
 
+def choose(
+    guard: ModuleType,
+    pids: Iterable[int],
+    spare: Callable[[Any], bool] = lambda process: False,
+) -> int | None:
+    """The pid of whom it would kill of these."""
+    found = guard.choose(set(pids), spare)
+    return None if found is None else int(found.pid)
+
+
 def adjust(pid: int, adjustment: int) -> None:
     Path(f"/proc/{pid}/oom_score_adj").write_text(str(adjustment))
 
 
 def test_the_largest_is_chosen(guard: ModuleType) -> None:
     with victims.victim(16) as small, victims.victim(48) as large:
-        for pids in ([small.pid, large.pid], [large.pid, small.pid]):
-            assert guard.choose(pids).pid == large.pid
-        assert guard.choose([small.pid]).pid == small.pid
+        assert choose(guard, [small.pid, large.pid]) == large.pid
+        assert choose(guard, [small.pid]) == small.pid
 
 
 def test_shared_memory_does_not_count(guard: ModuleType) -> None:
     with victims.victim(16, shared_mib=64) as sharing, victims.victim(48) as large:
-        assert guard.choose([sharing.pid, large.pid]).pid == large.pid
+        assert choose(guard, [sharing.pid, large.pid]) == large.pid
 
 
 def test_oom_score_adj_adds(guard: ModuleType) -> None:
     with victims.victim(8) as small, victims.victim(32) as large:
         adjust(small.pid, 1000)
-        assert guard.choose([small.pid, large.pid]).pid == small.pid
+        assert choose(guard, [small.pid, large.pid]) == small.pid
 
 
 @pytest.mark.needs("root")
 def test_oom_score_adj_takes_away_and_at_last_excludes(guard: ModuleType) -> None:
     with victims.victim(8) as small, victims.victim(32) as large:
-        pids = [small.pid, large.pid]
         try:
             adjust(large.pid, -999)
         except PermissionError:
             pytest.skip("needs CAP_SYS_RESOURCE")
-        assert guard.choose(pids).pid == small.pid
-        assert guard.choose([large.pid]).pid == large.pid
+        assert choose(guard, [small.pid, large.pid]) == small.pid
+        assert choose(guard, [large.pid]) == large.pid
         adjust(large.pid, -1000)
-        assert guard.choose([large.pid]) is None
+        assert choose(guard, [large.pid]) is None
 
 
-def test_it_spares_itself_the_first_process_and_whom_it_gave_up(
-    guard: ModuleType,
-) -> None:
-    assert guard.choose([1, os.getpid()]) is None
-    with victims.victim() as one:
-        found = guard.look(one.pid)
-        assert guard.choose([one.pid], spent={(one.pid, found.started + 1)}) == found
-        assert guard.choose([one.pid], spent={(one.pid, found.started)}) is None
+def test_it_never_chooses_itself_or_the_first_process(guard: ModuleType) -> None:
+    assert choose(guard, [1, os.getpid()]) is None
+
+
+def test_whom_it_is_to_spare_it_spares(guard: ModuleType) -> None:
+    with victims.victim(8) as small, victims.victim(32) as large:
+        pids = [small.pid, large.pid]
+        assert choose(guard, pids, lambda one: one.pid == large.pid) == small.pid
+        assert choose(guard, pids, lambda one: True) is None
 
 
 @pytest.mark.needs("root")
@@ -101,13 +110,6 @@ def test_who_has_died_is_none(guard: ModuleType) -> None:
     with victims.zombie() as dead:
         assert guard.look(dead.pid) is None
     assert guard.look(victims.reaped_pid()) is None
-
-
-def test_a_pattern_spares(guard: ModuleType) -> None:
-    with victims.victim() as one:
-        name = Path(f"/proc/{one.pid}/comm").read_text().strip()
-        assert guard.choose([one.pid], [re.compile(name[:3])]) is None
-        assert guard.choose([one.pid], [re.compile("^$")]).pid == one.pid
 
 
 def test_a_name_cannot_pass_for_a_line(guard: ModuleType) -> None:
@@ -150,10 +152,13 @@ class Command:
 
 
 @contextmanager
-def command(*options: str, under: tuple[str, ...] = ()) -> Iterator[Command]:
+def command(
+    *options: str, under: tuple[str, ...] = (), stderr: int | None = None
+) -> Iterator[Command]:
     with subprocess.Popen(
         [*under, sys.executable, str(GUARD), *options],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     ) as process:
         try:
@@ -213,6 +218,20 @@ def test_a_signal_ends_it(number: signal.Signals) -> None:
         assert guard.process.wait(50) == 0
         assert guard.process.stdout is not None
         assert guard.process.stdout.read() == ""
+
+
+@pytest.mark.needs("root", "cgroup2")
+def test_in_a_cgroup_it_sees_that_alone_and_ends_with_it() -> None:
+    with victims.victim(64), victims.victim(16) as inside, cgroups.cgroup() as path:
+        cgroups.enter(path, inside.pid)
+        under = ["--cgroup", str(path), "--left", "100", "--dry-run"]
+        with command(*under, stderr=subprocess.PIPE) as guard:
+            assert guard.line()["event"] == "start"
+            assert guard.line()["pid"] == inside.pid
+            cgroups.destroy(path)
+            assert guard.process.wait(50) == 1
+            assert guard.process.stderr is not None
+            assert "No such file or directory" in guard.process.stderr.read()
 
 
 # What hides PSI, in a mount namespace of its own.
