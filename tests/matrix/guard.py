@@ -37,12 +37,12 @@ def boot(
     job: Job,
     overlay: Path,
     label: str,
-    tests: str,
+    tests: list[str],
     *,
     append: str = "",
     swap: bool = True,
 ) -> None:
-    """Run a file of tests, as root, on Debian 12's kernel with little memory."""
+    """Run tests, as root, on Debian 12's kernel with little memory."""
     kernel = kernels.fetch(job, *KERNEL)
     guest.boot(
         job,
@@ -51,7 +51,7 @@ def boot(
         root=debian.root(job, project.OLDEST, kernels.PYTHON),
         overlay=overlay,
         script=(SWAP if swap else "")
-        + guest.tests_as(label, REQUIRED, job.args or [tests]),
+        + guest.tests_as(label, REQUIRED, job.args or tests),
         append=append,
         timeout=900,
     )
@@ -59,7 +59,7 @@ def boot(
 
 def run(job: Job) -> None:
     overlay = small(job)
-    tests = "tests/exhaust_guard.py"
+    tests = ["tests/exhaust_guard.py", "tests/test_examples.py"]
     failures = []
     # The second is the machine that PSI and swap cannot warn.
     for label, append, swap in (("psi", "", True), ("available", "psi=0", False)):

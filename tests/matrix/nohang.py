@@ -18,4 +18,4 @@ def run(job: Job) -> None:
     # Not its lib/, which would take the place of the guest's link of that name.
     for name in ("etc", "usr"):
         shutil.copytree(package / name, overlay / name, dirs_exist_ok=True)
-    guard.boot(job, overlay, "nohang", "tests/exhaust_nohang.py", swap=False)
+    guard.boot(job, overlay, "nohang", ["tests/exhaust_nohang.py"], swap=False)
