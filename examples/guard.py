@@ -167,10 +167,27 @@ def main() -> None:
     )
     add = parser.add_argument
     # A process names itself: --avoid is for friends, oom_score_adj for the others.
-    add("--avoid", metavar="REGEX", type=pattern, action="append", default=[])
+    add(
+        "--avoid",
+        metavar="REGEX",
+        type=pattern,
+        action="append",
+        default=[],
+        help="whose name has this is spared; may be given again",
+    )
     add("--cgroup", metavar="DIR", type=Path, help="watch and kill in this one alone")
-    add("--left", metavar="PERCENT", type=percent, default=10.0)
-    add("--trigger", default="some 200000 2000000", help="as PSI takes it, in µs")
+    add(
+        "--left",
+        metavar="PERCENT",
+        type=percent,
+        default=10.0,
+        help="memory is short when less is left, of memory and swap (10)",
+    )
+    add(
+        "--trigger",
+        default="some 200000 2000000",
+        help="or after these stalls, as PSI takes it, in µs (%(default)s)",
+    )
     add("--dry-run", action="store_true", help="say who would die, kill nobody")
     options = parser.parse_args()
     cgroup: Path | None = options.cgroup

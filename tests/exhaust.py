@@ -6,6 +6,7 @@ No file named exhaust* is collected by itself: they are for guests of tests/matr
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -58,10 +59,15 @@ def anonymous() -> int:
     return meminfo("AnonPages", "SwapTotal") - meminfo("SwapFree")
 
 
-def oom_kills() -> int:
-    """How often the kernel's OOM killer has killed since boot."""
+@contextmanager
+def kernel_asleep() -> Iterator[None]:
+    """The kernel's OOM killer must not wake meanwhile, nor have before."""
+    yield
     lines = Path("/proc/vmstat").read_text().splitlines()
-    return int(dict(line.split() for line in lines)["oom_kill"])
+    assert dict(line.split() for line in lines)["oom_kill"] == "0"
+    kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=True)
+    assert "Linux version" in kernel.stdout
+    assert "invoked oom-killer" not in kernel.stdout
 
 
 def check_machine() -> None:
