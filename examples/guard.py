@@ -148,48 +148,24 @@ def log(event: str, details: dict[str, object]) -> None:
     print(json.dumps(line), flush=True)
 
 
-def pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-
-def percent(text: str) -> float:
-    if not 0 <= float(text) <= 100:
-        raise ValueError(text)
-    return float(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     # A process names itself: --avoid is for friends, oom_score_adj for the others.
-    add(
-        "--avoid",
-        metavar="REGEX",
-        type=pattern,
-        action="append",
-        default=[],
-        help="whose name has this is spared; may be given again",
-    )
+    add("--avoid", metavar="REGEX", action="append", default=[], help="spare by name")
     add("--cgroup", metavar="DIR", type=Path, help="watch and kill in this one alone")
-    add(
-        "--left",
-        metavar="PERCENT",
-        type=percent,
-        default=10.0,
-        help="memory is short when less is left, of memory and swap (10)",
-    )
-    add(
-        "--trigger",
-        default="some 200000 2000000",
-        help="or after these stalls, as PSI takes it, in µs (%(default)s)",
-    )
+    add("--left", metavar="PERCENT", type=float, default=10, help="of memory and swap")
+    add("--trigger", default="some 200000 2000000", help="of PSI, in microseconds")
     add("--dry-run", action="store_true", help="say who would die, kill nobody")
     options = parser.parse_args()
+    if not 0 <= options.left <= 100:
+        parser.error(f"--left must be from 0 to 100, not {options.left}")
+    try:
+        avoid = [re.compile(text) for text in options.avoid]
+    except re.error as error:
+        parser.error(f"--avoid {error.pattern!r}: {error}")
     cgroup: Path | None = options.cgroup
     pressure = cgroup / "memory.pressure" if cgroup else Path("/proc/pressure/memory")
     try:
@@ -206,8 +182,8 @@ def main() -> None:
     spent: set[tuple[int, int]] = set()  # those whose memory has not come back
 
     def spare(one: Process) -> bool:
-        avoided = any(regex.search(one.name) for regex in options.avoid)
-        return avoided or (one.pid, one.started) in spent
+        given_up = (one.pid, one.started) in spent
+        return given_up or any(regex.search(one.name) for regex in avoid)
 
     stop = stopped()
     refused = {name: str(error) for name, error in harden().items() if error}

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 import cgroups
 import victims
 from calls import apart, run_python
+from mrelease import _proc
 
 ROOT = Path(__file__).parent.parent
 GUARD = ROOT / "examples/guard.py"
@@ -184,6 +186,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     assert "'(': missing )" in refused("--avoid", "(")
     assert "--left" in refused("--left", "101")
     assert "--left" in refused("--left", "nan")
+    assert "--left" in refused("--left", "some")
     assert "is not a cgroup directory" in refused("--cgroup", str(tmp_path))
     assert "No such file" in refused("--cgroup", str(tmp_path / "none"))
 
@@ -232,6 +235,23 @@ def test_in_a_cgroup_it_sees_that_alone_and_ends_with_it() -> None:
             assert guard.process.wait(50) == 1
             assert guard.process.stderr is not None
             assert "No such file or directory" in guard.process.stderr.read()
+
+
+@pytest.mark.needs("root", "cgroup2", "fuse", "release")
+def test_told_to_end_amid_a_kill_it_tells_of_that_first() -> None:
+    with cgroups.cgroup() as path, victims.stuck_writer(16) as one:
+        cgroups.enter(path, one.pid)
+        with command("--cgroup", str(path), "--left", "100") as guard:
+            assert guard.line()["event"] == "start"
+            while not _proc.dying(one.pid):
+                time.sleep(0.01)
+            guard.process.send_signal(signal.SIGTERM)
+            # Its memory is back after this only.
+            one.unstick()
+            line = guard.line()
+            assert guard.process.wait(50) == 0
+        assert (line["event"], line["pid"]) == ("kill", one.pid)
+        assert line["released"]
 
 
 # What hides PSI, in a mount namespace of its own.
