@@ -65,6 +65,15 @@ def _why_no_uvloop() -> str | None:
     return None if importlib.util.find_spec("uvloop") else "needs uvloop"
 
 
+def _why_no_package(module: str, extra: str) -> Callable[[], str | None]:
+    def why() -> str | None:
+        if importlib.util.find_spec(module):
+            return None
+        return f"needs {module}: pip install 'mrelease[{extra}]'"
+
+    return why
+
+
 def _why_no_subinterpreters() -> str | None:
     return None if sys.version_info >= (3, 12) else "needs Python 3.12"
 
@@ -73,12 +82,17 @@ def _why_no_subinterpreters() -> str | None:
 # that must be there: a test that lacks one fails instead of being skipped.
 REASONS: dict[str, Callable[[], str | None]] = {
     "cc": _why_no("cc"),
+    "celery": _why_no_package("celery", "integrations"),
     "cgroup1": cgroups.why_no_cgroup1,
     "cgroup2": cgroups.why_no_cgroup2,
     "cpus": victims.why_not_two_cpus,
+    "dask": _why_no_package("distributed", "dask"),
     "debug": _why_no_debug_build,
     "freezer": victims.why_no_freezer,
     "fuse": victims.why_no_fuse,
+    "gunicorn": _why_no_package("gunicorn", "integrations"),
+    "joblib": _why_no_package("joblib", "integrations"),
+    "jupyterhub": _why_no_package("jupyterhub", "integrations"),
     "memcg": cgroups.why_no_memcg,
     "mount": _why_no("mount"),
     "pidns": _why_no_small_pids,
@@ -88,6 +102,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "seccomp": _why_no_seccomp,
     "strace": _why_no("strace"),
     "subinterpreters": _why_no_subinterpreters,
+    "supervisor": _why_no_package("supervisor", "integrations"),
     "testcapi": _why_no_testcapi,
     "unshare": _why_no("unshare"),
     "uvloop": _why_no_uvloop,
