@@ -18,7 +18,7 @@ EXPECTED = {
     "kill_futures": "broken pool\nbroken pool\nkilled True\n",
     "kill_joblib": "terminated workers\nanswers [0, 1]\nexit codes {-9}\n",
     "kill_multiprocessing": "exit code -9\nexit codes [-9, -9]\n",
-    "kill_psutil": "largest True\ngone [<Negsignal.SIGKILL: -9>] 1\n",
+    "kill_psutil": "largest True\nexit status -9\n",
     "kill_subprocess": "exit status -9\n",
 }
 
