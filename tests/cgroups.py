@@ -63,12 +63,15 @@ def _controllers(cgroup: Path) -> list[str]:
 
 
 @contextmanager
-def cgroup(kind: Kind = "v2", *, pids: int = 0) -> Iterator[Path]:
+def cgroup(
+    kind: Kind = "v2", *, pids: int = 0, top: Path | None = None
+) -> Iterator[Path]:
     """A new cgroup, in which at most `pids` processes may live if that is given.
 
-    At the end all that is in it, and in cgroups below it, is killed and removed.
+    It is made in `top`, if that is given. At the end all that is in it, and in cgroups
+    below it, is killed and removed.
     """
-    top = mount(kind)
+    top = top or mount(kind)
     if top is None:
         raise RuntimeError(f"no cgroups of kind {kind}")
     with _enabled(top, kind):

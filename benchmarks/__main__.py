@@ -1,0 +1,119 @@
+"""``python -m benchmarks [NAME...]``: run them, print tables, write pages and figures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+from .lab import MissingError, Options, in_words
+from .report import Report
+
+NAMES = [
+    "calls",
+    "imports",
+    "quiet",
+    "race",
+    "starved",
+    "threads",
+    "groups",
+    "gil",
+    "harden",
+    "reaper",
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 1 if a target was missed, 2 if nothing that was named can run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="mrelease against what people use."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--runs", type=_positive, help="repeats of each way")
+    parser.add_argument("--size", type=_positive, help="MiB of a victim, where it can")
+    parser.add_argument("--quick", action="store_true", help="small and few")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was found")
+    parser.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="JSON, tables and figures"
+    )
+    options = parser.parse_args(argv)
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    if options.write and not importlib.util.find_spec("matplotlib"):
+        parser.error("--write needs matplotlib, of the bench extra")
+    names = [name for name in NAMES if name in (options.names or NAMES)]
+    print(f"{machine()}\n", flush=True)
+    reports, lacking = _run(names, Options(options.runs, options.size, options.quick))
+    if options.json:
+        options.json.write_text(_json(reports, lacking))
+    if options.write:
+        write(options.write, reports, lacking)
+    if options.names and not reports:
+        return 2
+    return 0 if all(report.met for report in reports) else 1
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
+    return (
+        f"{in_words()}, {model}, {memory:.0f} GiB, "
+        f"{platform.python_implementation()} {platform.python_version()}"
+    )
+
+
+def write(folder: Path, reports: list[Report], lacking: dict[str, str]) -> None:
+    """Write what was run: JSON, and a page and figures for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    today = time.strftime("%Y-%m-%d")
+    (folder / "machine.md").write_text(f"{machine()}; {today}.\n")
+    (folder / "results.json").write_text(_json(reports, lacking))
+    for report in reports:
+        figures = report.draw(folder)
+        (folder / f"{report.name}.md").write_text(report.markdown(figures))
+
+
+def _run(names: list[str], options: Options) -> tuple[list[Report], dict[str, str]]:
+    reports, lacking = [], {}
+    for name in names:
+        module = importlib.import_module(f"benchmarks.{name}")
+        begin = time.monotonic()
+        try:
+            report: Report = module.run(options)
+        except MissingError as missing:
+            lacking[name] = str(missing)
+            print(f"benchmarks.{name}: needs {missing}\n", file=sys.stderr, flush=True)
+            continue
+        reports.append(report)
+        print(report.markdown())
+        print(f"({time.monotonic() - begin:.0f} s)\n", flush=True)
+    return reports, lacking
+
+
+def _json(reports: list[Report], lacking: dict[str, str]) -> str:
+    found = {
+        "machine": machine(),
+        "not run": lacking,
+        "benchmarks": [report.as_dict() for report in reports],
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
