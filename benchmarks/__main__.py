@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME...]``: run them, print tables, write pages and figures."""
+"""``python -m benchmarks [NAME...]``: run, print tables, write pages and figures."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -165,6 +166,28 @@ def victim(
 
     with process(*command, uid=uid, begin=begin) as child:
         yield child
+
+
+@contextmanager
+def exit_stopped(mib: int) -> Iterator[Process]:
+    """One that has been killed and stands still at its exit, its memory still whole."""
+    with victim(mib) as child:
+        options = victims.PTRACE_O_TRACEEXIT | victims.PTRACE_O_EXITKILL
+        victims._ptrace(victims.PTRACE_SEIZE, child.pid, options)
+        os.kill(child.pid, signal.SIGKILL)
+        _, status = os.waitpid(child.pid, victims.WALL)
+        if status >> 8 != victims.EXIT_STOP:
+            raise RuntimeError(f"{child.pid} did not stop at its exit: {status:#x}")
+        try:
+            yield child
+        finally:
+            victims._ptrace(victims.PTRACE_CONT, child.pid)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of private memory: of one that stands still it tells the truth."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("RssAnon:")[2].split()[0]) << 10
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a benchmark found: medians with their spread, ratios, targets, tables, figures."""
+"""What a benchmark found: medians and spread, ratios, targets, tables, figures."""
 
 from __future__ import annotations
 

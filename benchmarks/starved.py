@@ -1,45 +1,119 @@
-"""Memory of a starved victim back: mrelease.kill against SIGKILL alone.
+"""Memory of a starved victim back, and its exit, by each way to kill.
 
-The victim is at SCHED_IDLE beside one spinner a CPU. Both ways are run in turn, and
-the figures are printed as median [lowest-highest].
+    python -m benchmarks.starved [--quick] [--runs N] [--size MiB]
 
-    python -m benchmarks.starved [--size MiB] [--runs N]
+The victim is at nice 19, then at SCHED_IDLE, beside two spinners on each CPU. All ways
+are run in turn; ratios are to SIGKILL alone, which is given up after a minute. As root,
+who may raise the victim's priority and its own, and as an ordinary user.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
-from mrelease import _demo
+import mrelease
+import victims
 
-TARGET = 20  # times sooner, of the medians
-LIMIT = 60.0  # seconds until SIGKILL alone is given up
+from . import lab, ways
+from .lab import Options
+from .report import Report, Table, Target
+
+ROOT, USER = 100, 20  # times sooner at least
+EXIT = 2  # of the time of the memory, at most
+HARDENED = "mrelease.kill, hardened"
+Policy = Literal["nice 19", "SCHED_IDLE"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Starved victims: time until memory is back."
+@contextmanager
+def by_hardened(victim: lab.Process) -> Iterator[ways.Kill]:
+    """By a process that is as a service would be: harden()'s priority, before."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    mrelease.harden(mlock=False, oom_score_adj=None)
+    try:
+        with ways.by_mrelease(victim) as kill:
+            yield kill
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+def run(options: Options) -> Report:
+    root = os.geteuid() == 0
+    report = Report(
+        "starved",
+        "memory back from a starved victim",
+        "Seconds from the decision until 95 % of the victim's memory is back, and "
+        "until it has exited: median [lowest-highest].",
     )
-    parser.add_argument("--size", type=int, default=256, help="MiB (default: 256)")
-    parser.add_argument("--runs", type=int, default=5, help="of each (default: 5)")
-    options = parser.parse_args()
-    print(
-        f"{options.size} MiB, starved beside a spinner on each of "
-        f"{len(os.sched_getaffinity(0))} CPUs, Linux {os.uname().release}, "
-        f"uid {os.geteuid()}, {options.runs} runs"
+    users: list[int | None] = [None, victims.NOBODY] if root else [None]
+    with lab.memory() as memory:
+        for uid in users:
+            privileged = root and uid is None
+            for policy in ("nice 19", "SCHED_IDLE"):
+                measure(report, options, memory, policy, uid, privileged)
+    return report
+
+
+def measure(
+    report: Report,
+    options: Options,
+    memory: lab.Memory,
+    policy: Policy,
+    uid: int | None,
+    privileged: bool,
+) -> None:
+    who = "root" if privileged else "an ordinary user"
+    table = Table(f"{policy}, by {who}", "s", ["back", "exit"])
+    names = dict(ways.here(ways.SIGKILL, ways.C, ways.MRELEASE))
+    if privileged:
+        names[HARDENED] = by_hardened
+    for _ in range(options.repeats(5, 1)):
+        for name, way in names.items():
+            seen = kill_one(way, memory, options.size or 256, policy, uid)
+            table.add(name, seen.back, seen.exit, limit=lab.LIMIT)
+    report.tables.append(table)
+    ours = HARDENED if privileged else ways.MRELEASE
+    report.targets.append(
+        Target(
+            f"{table.title}: SIGKILL alone to {ours}",
+            table.ratio(ways.SIGKILL, ours),
+            at_least=ROOT if privileged else USER,
+        )
     )
-    seen = _demo.compare(options.size << 20, options.runs, LIMIT)
-    print(_demo.table(seen, LIMIT))
-    slow, fast = (
-        statistics.median(LIMIT if run.back is None else run.back for run in runs)
-        for runs in seen.values()
-    )
-    met = slow / fast >= TARGET
-    print(f"target: memory back {TARGET} times sooner: {'met' if met else 'MISSED'}")
-    return 0 if met else 1
+    if privileged:
+        report.targets.append(
+            Target(
+                f"{table.title}: exit of {ours} to memory back",
+                table.median(ours, 1) / table.median(ours, 0),
+                at_most=EXIT,
+            )
+        )
+
+
+def kill_one(
+    way: ways.Way, memory: lab.Memory, mib: int, policy: Policy, uid: int | None
+) -> lab.Seen:
+    """One starved victim, killed one way by a user."""
+    before = memory.held()
+    with (
+        lab.victim(mib, uid=uid, join=memory.cgroup) as victim,
+        lab.spinners(),
+    ):
+        if policy == "nice 19":
+            os.setpriority(os.PRIO_PROCESS, victim.pid, 19)
+        else:
+            os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
+
+        def kill() -> float | None:
+            return lab.as_user(uid, lambda: ways.at_once(way, victim))
+
+        return lab.watch(memory, before, [victim.pid], kill)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from .__main__ import main
+
+    raise SystemExit(main(["starved", *sys.argv[1:]]))

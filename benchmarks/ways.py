@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import mrelease
 
@@ -57,30 +57,6 @@ def _typed(function: object, *types: object) -> Callable[..., int]:
     address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
     prototype = ctypes.CFUNCTYPE(ctypes.c_long, *types, use_errno=True)  # type: ignore[arg-type]
     return prototype(address)  # type: ignore[arg-type, return-value]
-
-
-CFFI_SOURCE = """
-#include <errno.h>
-#include <signal.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#ifndef SYS_process_mrelease
-#define SYS_process_mrelease 448
-#endif
-static int open_pidfd(int pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
-static int release(int fd) { return (int)syscall(SYS_process_mrelease, fd, 0); }
-static int kill_release(int fd)
-{
-    if (syscall(SYS_pidfd_send_signal, fd, SIGKILL, (void *)0, 0))
-        return -errno;
-    return syscall(SYS_process_mrelease, fd, 0) ? errno : 0;
-}
-"""
-CFFI_TYPES = """
-int open_pidfd(int);
-int release(int);
-int kill_release(int);
-"""
 
 
 @contextmanager
@@ -133,7 +109,15 @@ def by_mrelease(victim: lab.Process) -> Iterator[Kill]:
         yield kill
 
 
-Way = Callable[[lab.Process], "contextmanager[Kill]"]
+Way = Callable[[lab.Process], AbstractContextManager[Kill]]
+
+
+def at_once(way: Way, victim: lab.Process) -> float:
+    """Prepare and kill; return when all was prepared."""
+    with way(victim) as kill:
+        start = time.monotonic()
+        return kill() or start
+
 
 SIGKILL = "SIGKILL alone"
 PSUTIL = "psutil"
@@ -150,7 +134,7 @@ WAYS = {
 }
 
 
-def here(*names: str) -> dict[str, Callable[[lab.Process], object]]:
+def here(*names: str) -> dict[str, Way]:
     """The ways of these names that can be gone here."""
     return {name: WAYS[name] for name in names if not lacks(name)}
 
