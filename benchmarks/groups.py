@@ -1,191 +1,178 @@
-"""Memory of four starved victims back: kill_cgroup and kill_all against what is usual.
+"""Many victims back: kill_cgroup and kill_all against cgroup.kill and a loop in C.
 
-The victims are at nice 19, in a cgroup, beside two spinners on each CPU. A whole cgroup
-is killed by kill_cgroup and by writing to cgroup.kill alone, a list by kill_all and by
-SIGKILL to each alone. All ways are run in turn; the figures are the seconds until 95 %
-of the memory is back and until the last victim has exited, median [lowest-highest].
+    python -m benchmarks.groups [--quick] [--runs N] [--size MiB]
 
-    python -m benchmarks.groups [--size MiB] [--runs N]
-
-Needs root and a cgroup v2 that can be written to. The exit status is 1 if either pair
-misses the target, and 2 if something that it needs is missing.
+Eight victims on a quiet machine; the same at nice 19 beside two spinners on each CPU; a
+thousand small ones; and what a process costs in crowds of ten to three thousand. All
+ways are run in turn; ratios are to cgroup.kill. Needs root and a cgroup v2.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from signal import SIGKILL
-from threading import Thread
-from time import monotonic, sleep
+from time import monotonic
 
-from mrelease import Pidfd, _demo, is_supported, kill_all, kill_cgroup
+import cgroups
+import mrelease
+import victims
 
-TARGET = 5  # times sooner, of the medians
-LIMIT = 60.0  # seconds until a way is given up
-VICTIMS = 4
-SPINNERS = 2  # on each CPU
+from . import lab
+from .lab import MissingError, Options
+from .report import Report, Table, Target
 
-
-def by_cgroup_kill(cgroup: Path, victims: list[Pidfd]) -> None:
-    (cgroup / "cgroup.kill").write_text("1")
-
-
-def by_kill_cgroup(cgroup: Path, victims: list[Pidfd]) -> None:
-    kill_cgroup(cgroup, timeout=LIMIT)
-
-
-def by_sigkill(cgroup: Path, victims: list[Pidfd]) -> None:
-    for victim in victims:
-        victim.send_signal(SIGKILL)
-
-
-def by_kill_all(cgroup: Path, victims: list[Pidfd]) -> None:
-    kill_all(victims, timeout=LIMIT)
-
-
-Method = Callable[[Path, list[Pidfd]], None]
-PAIRS: list[dict[str, Method]] = [
-    {"cgroup.kill": by_cgroup_kill, "kill_cgroup": by_kill_cgroup},
-    {"SIGKILL to all": by_sigkill, "kill_all": by_kill_all},
-]
-
-
-def measure(size: int, method: Method, mount: Path) -> _demo.Run:
-    """Kill four victims and watch their memory come back.
-
-    Their own figures vanish long before the memory is back: what they hold is read from
-    the machine's AnonPages, against its value before they were born.
-    """
-    with _demo._children() as spawn, new_cgroup(mount) as cgroup, ExitStack() as stack:
-        spinners = [
-            (spawn(_demo._SPINNER, os.getpid()), cpu)
-            for cpu in os.sched_getaffinity(0)
-            for _ in range(SPINNERS)
-        ]
-        before = _demo._anonymous_pages()
-        victims = []
-        for _ in range(VICTIMS):
-            child = spawn(_demo._VICTIM, size)
-            os.setpriority(os.PRIO_PROCESS, child.pid, 19)
-            (cgroup / "cgroup.procs").write_text(str(child.pid))
-            victims.append(stack.enter_context(Pidfd.open(child)))
-        for spinner, cpu in spinners:
-            os.sched_setaffinity(spinner.pid, {cpu})
-            _demo._start_spinning(spinner)
-        return watch(VICTIMS * size, method, cgroup, victims, before)
-
-
-def watch(
-    size: int, method: Method, cgroup: Path, victims: list[Pidfd], before: int
-) -> _demo.Run:
-    failed: list[Exception] = []
-
-    def kill() -> None:
-        try:
-            method(cgroup, victims)
-        except Exception as error:  # raised again where it is expected
-            failed.append(error)
-
-    thread = Thread(target=kill)
-    run = _demo.Run(size)
-    thread.start()
-    while run.exit is None and run.elapsed < LIMIT and not failed:
-        exited = all(victim.exited for victim in victims)
-        run.look(exited, _demo._anonymous_pages() - before)
-        # Often at first, to see milliseconds, then seldom.
-        sleep(min(0.05, 0.002 + run.elapsed / 50))
-    thread.join()
-    if failed:
-        raise failed[0]
-    return run
+QUIET, STARVED = 1.2, 5  # of the better of theirs at most; times sooner at least
+FLAT = 1.2  # the cost of a process in the largest crowd to that in the smallest
+VICTIMS = 8
+CGROUP_KILL, LOOP = "cgroup.kill", "C program"
+KILL_CGROUP, KILL_ALL = "kill_cgroup", "kill_all"
+Kill = Callable[[], float | None]
 
 
 @contextmanager
-def new_cgroup(mount: Path) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="mrelease-benchmark-", dir=mount))
-    try:
-        yield path
-    finally:
-        # Those who are still in it are starved: out of it, they end with the children.
-        for pid in (path / "cgroup.procs").read_text().split():
-            (mount / "cgroup.procs").write_text(pid)
-        end = monotonic() + LIMIT
-        while True:
-            try:
-                path.rmdir()
-                break
-            except OSError:
-                if monotonic() > end:
-                    raise
-                sleep(0.01)
+def by_cgroup_kill(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
+    def kill() -> None:
+        (cgroup / "cgroup.kill").write_text("1")
+
+    yield kill
 
 
-def missing() -> str | None:
-    """What this machine lacks for the benchmark."""
+@contextmanager
+def by_loop(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
+    with lab.process(lab.peer("killer"), "nolock", *pids) as killer:
+
+        def kill() -> float:
+            start = monotonic()
+            killer.tell()
+            killer.line()
+            return start
+
+        yield kill
+
+
+@contextmanager
+def by_kill_cgroup(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
+    def kill() -> None:
+        mrelease.kill_cgroup(cgroup, timeout=lab.LIMIT)
+
+    yield kill
+
+
+@contextmanager
+def by_kill_all(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
+    def kill() -> None:
+        mrelease.kill_all(pids, timeout=lab.LIMIT)
+
+    yield kill
+
+
+WAYS = {
+    CGROUP_KILL: by_cgroup_kill,
+    LOOP: by_loop,
+    KILL_CGROUP: by_kill_cgroup,
+    KILL_ALL: by_kill_all,
+}
+
+
+def run(options: Options) -> Report:
+    check()
+    report = Report(
+        "groups",
+        "many victims at once",
+        "Milliseconds from the decision until 95 % of the memory is back, and until the "
+        "last has exited: median [lowest-highest].",
+    )
+    size = options.size or options.choose(128, 32)
+    runs = options.repeats(7, 2)
+    with lab.memory() as memory:
+        quiet = Table(f"{VICTIMS} of {size} MiB", "ms", ["back", "exit"], scale=1000)
+        starved = Table(f"{quiet.title} at nice 19", "ms", ["back", "exit"], scale=1000)
+        for _ in range(runs):
+            for name in WAYS:
+                add(quiet, name, kill_large(name, memory, size, nice=0))
+        for _ in range(options.repeats(3, 1)):
+            for name in WAYS:
+                add(starved, name, kill_large(name, memory, size, nice=19))
+        crowds = [10, 100, 1000, 3000] if not options.quick else [10, 100, 1000]
+        small = Table("1000 small ones", "ms", ["exit"], scale=1000)
+        cost = Table("a process of a crowd", "us", ["cost"], scale=1e6)
+        for _ in range(runs):
+            for name in WAYS:
+                small.add(name, kill_crowd(name, memory, 1000), limit=lab.LIMIT)
+            for number in crowds:
+                seconds = kill_crowd(KILL_CGROUP, memory, number)
+                cost.add(f"of {number}", (seconds or lab.LIMIT) / number)
+    report.tables += [quiet, starved, small, cost]
+    for ours in (KILL_CGROUP, KILL_ALL):
+        for table in (quiet, small):
+            theirs = min(table.median(CGROUP_KILL), table.median(LOOP))
+            what = f"{table.title}: {ours} to the better of theirs"
+            ratio = table.median(ours) / theirs
+            report.targets.append(Target(what, ratio, at_most=QUIET))
+        what = f"{starved.title}: {CGROUP_KILL} to {ours}"
+        ratio = starved.ratio(CGROUP_KILL, ours)
+        report.targets.append(Target(what, ratio, at_least=STARVED))
+    largest, smallest = f"of {crowds[-1]}", f"of {crowds[0]}"
+    report.targets.append(
+        Target(
+            f"cost of a process, {largest} to {smallest}",
+            cost.ratio(largest, smallest),
+            at_most=FLAT,
+        )
+    )
+    return report
+
+
+def add(table: Table, name: str, seen: lab.Seen) -> None:
+    table.add(name, seen.back, seen.exit, limit=lab.LIMIT)
+
+
+def kill_large(name: str, memory: lab.Memory, mib: int, nice: int) -> lab.Seen:
+    """Eight victims, killed one way."""
+    with ExitStack() as stack:
+        cgroup = stack.enter_context(cgroups.cgroup())
+        before = memory.held()
+        pids = []
+        for _ in range(VICTIMS):
+            victim = lab.victim(mib, join=[cgroup, *memory.join])
+            pids.append(stack.enter_context(victim).pid)
+        kill = stack.enter_context(WAYS[name](cgroup, pids))
+        if nice:
+            stack.enter_context(lab.spinners())
+            for pid in pids:
+                os.setpriority(os.PRIO_PROCESS, pid, nice)
+        return lab.watch(memory, before, pids, kill)
+
+
+def kill_crowd(name: str, memory: lab.Memory, number: int) -> float | None:
+    """Seconds until the last of many small ones had exited."""
+    with cgroups.cgroup() as cgroup:
+        before = memory.held()
+        with victims.crowd(number, cgroup, *memory.join):
+            pids = cgroups.pids(cgroup)
+            if len(pids) != number:
+                raise RuntimeError(f"{len(pids)} of {number} are there")
+            with WAYS[name](cgroup, pids) as kill:
+                return lab.watch(memory, before, pids, kill, smallest=0).exit
+
+
+def check() -> None:
+    """Raise for what this machine lacks."""
     if os.geteuid() != 0:
-        return "root"
-    if not is_supported():
-        return "process_mrelease(2): mrelease doctor says why"
-    mount = find_mount()
-    if mount is None or not os.access(mount, os.W_OK):
-        return "a cgroup v2 that can be written to"
-    with new_cgroup(mount) as path:
-        if not (path / "cgroup.kill").exists():
-            return "cgroup.kill of Linux 5.14"
-    return None
-
-
-def find_mount() -> Path | None:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        if " - cgroup2 " in line:
-            # A space in the path is written as \040.
-            return Path(line.split(" ")[4].encode().decode("unicode_escape"))
-    return None
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Four starved victims: time until memory is back."
-    )
-    parser.add_argument("--size", type=int, default=256, help="MiB (default: 256)")
-    parser.add_argument("--runs", type=int, default=5, help="of each (default: 5)")
-    options = parser.parse_args()
-    mount = find_mount()
-    if (lack := missing()) or mount is None:
-        print(f"benchmarks.groups: needs {lack}", file=sys.stderr)
-        return 2
-    print(
-        f"{VICTIMS} victims of {options.size} MiB at nice 19, beside {SPINNERS} "
-        f"spinners on each of {len(os.sched_getaffinity(0))} CPUs, "
-        f"Linux {os.uname().release}, {options.runs} runs"
-    )
-    seen: dict[str, list[_demo.Run]] = {name: [] for pair in PAIRS for name in pair}
-    for _ in range(options.runs):
-        for pair in PAIRS:
-            for name, method in pair.items():
-                seen[name].append(measure(options.size << 20, method, mount))
-    status = 0
-    for pair in PAIRS:
-        of_pair = {name: seen[name] for name in pair}
-        print(f"\n{_demo.table(of_pair, LIMIT)}")
-        slow, fast = (
-            statistics.median(LIMIT if run.back is None else run.back for run in runs)
-            for runs in of_pair.values()
-        )
-        met = slow / fast >= TARGET
-        status |= not met
-        print(
-            f"target: memory back {TARGET} times sooner: {'met' if met else 'MISSED'}"
-        )
-    return status
+        raise MissingError("root")
+    if not mrelease.is_supported():
+        raise MissingError("process_mrelease(2): mrelease doctor says why")
+    if lack := cgroups.why_no_cgroup2():
+        raise MissingError(lack.removeprefix("needs "))
+    with cgroups.cgroup() as cgroup:
+        if not (cgroup / "cgroup.kill").exists():
+            raise MissingError("cgroup.kill of Linux 5.14")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from .__main__ import main
+
+    raise SystemExit(main(["groups", *sys.argv[1:]]))

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,14 +155,14 @@ def victim(
     threads: int = 1,
     *,
     uid: int | None = None,
-    join: Path | None = None,
+    join: Iterable[Path] = (),
 ) -> Iterator[Process]:
-    """A sleeping process with memory; all of it counts in the cgroup that it joins."""
+    """A sleeping process with memory; all of it counts in the cgroups that it joins."""
     command = [peer("victim"), mib, threads, kind]
 
     def begin(pid: int) -> None:
-        if join:
-            cgroups.enter(join, pid)
+        for cgroup in join:
+            cgroups.enter(cgroup, pid)
 
     with process(*command, uid=uid, begin=begin) as child:
         yield child
@@ -210,6 +210,11 @@ class Memory:
     file: Path
     cgroup: Path | None
 
+    @property
+    def join(self) -> list[Path]:
+        """What a victim has to be in, to be counted."""
+        return [self.cgroup] if self.cgroup else []
+
     def held(self) -> int:
         text = self.file.read_text()
         if self.cgroup:
@@ -243,14 +248,16 @@ def watch(
     pids: list[int],
     method: Callable[[], float | None],
     limit: float = LIMIT,
+    smallest: int = 1 << 20,
 ) -> Seen:
     """Have victims killed and watch their memory come back.
 
     method returns when it took its decision, CLOCK_MONOTONIC, or None for when it was
-    called. Raises RuntimeError if the victims did not hold the memory that is watched.
+    called. Raises RuntimeError if the victims hold less than the smallest that is
+    to be seen.
     """
     size = memory.held() - before
-    if size < 1 << 20 and memory.cgroup:
+    if size < smallest:
         raise RuntimeError(f"the victims hold {size} bytes only")
     command = [peer("watch"), memory.file, before, size, limit, *pids]
     with process(*command) as watcher:

@@ -67,7 +67,7 @@ def measure(
     """One victim, killed one way."""
     before = memory.held()
     with (
-        lab.victim(mib, kind, threads, join=memory.cgroup) as victim,
+        lab.victim(mib, kind, threads, join=memory.join) as victim,
         way(victim) as kill,
     ):
         return lab.watch(memory, before, [victim.pid], kill)

@@ -3,7 +3,7 @@
     python -m benchmarks.starved [--quick] [--runs N] [--size MiB]
 
 The victim is at nice 19, then at SCHED_IDLE, beside two spinners on each CPU. All ways
-are run in turn; ratios are to SIGKILL alone, which is given up after a minute. As root,
+are run in turn; ratios are to SIGKILL alone, which is given up after half a minute. As root,
 who may raise the victim's priority and its own, and as an ordinary user.
 """
 
@@ -70,10 +70,11 @@ def measure(
     names = dict(ways.here(ways.SIGKILL, ways.C, ways.MRELEASE))
     if privileged:
         names[HARDENED] = by_hardened
+    limit = options.choose(30.0, 6.0)
     for _ in range(options.repeats(5, 1)):
         for name, way in names.items():
-            seen = kill_one(way, memory, options.size or 256, policy, uid)
-            table.add(name, seen.back, seen.exit, limit=lab.LIMIT)
+            seen = kill_one(way, memory, options.size or 256, policy, uid, limit)
+            table.add(name, seen.back, seen.exit, limit=limit)
     report.tables.append(table)
     ours = HARDENED if privileged else ways.MRELEASE
     report.targets.append(
@@ -94,12 +95,17 @@ def measure(
 
 
 def kill_one(
-    way: ways.Way, memory: lab.Memory, mib: int, policy: Policy, uid: int | None
+    way: ways.Way,
+    memory: lab.Memory,
+    mib: int,
+    policy: Policy,
+    uid: int | None,
+    limit: float,
 ) -> lab.Seen:
     """One starved victim, killed one way by a user."""
     before = memory.held()
     with (
-        lab.victim(mib, uid=uid, join=memory.cgroup) as victim,
+        lab.victim(mib, uid=uid, join=memory.join) as victim,
         lab.spinners(),
     ):
         if policy == "nice 19":
@@ -110,7 +116,7 @@ def kill_one(
         def kill() -> float | None:
             return lab.as_user(uid, lambda: ways.at_once(way, victim))
 
-        return lab.watch(memory, before, [victim.pid], kill)
+        return lab.watch(memory, before, [victim.pid], kill, limit)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 /* What earlyoom does when it has decided: killer lock|nolock PID...
  *
  * pidfd_open ahead, then, told to by a line, kill and process_mrelease of one
- * after the other. It says for each when SIGKILL was sent (CLOCK_MONOTONIC),
+ * after the other. It says for each when it was about to send SIGKILL (CLOCK_MONOTONIC),
  * when the release returned, and its errno. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -59,8 +59,8 @@ main(int argc, char **argv)
         return 1;
     }
     for (int i = 0; i < count; i++) {
-        kill(atoi(argv[i + 2]), SIGKILL);
         sent[i] = now();
+        kill(atoi(argv[i + 2]), SIGKILL);
         answers[i] = syscall(SYS_process_mrelease, pidfds[i], 0) ? errno : 0;
         returned[i] = now();
     }
