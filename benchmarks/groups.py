@@ -82,8 +82,8 @@ def run(options: Options) -> Report:
     report = Report(
         "groups",
         "many victims at once",
-        "Milliseconds from the decision until 95 % of the memory is back, and until the "
-        "last has exited: median [lowest-highest].",
+        "Milliseconds from the decision until 95 % of the memory is back, and until "
+        "the last has exited: median [lowest-highest].",
     )
     size = options.size or options.choose(128, 32)
     runs = options.repeats(7, 2)

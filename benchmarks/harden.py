@@ -1,190 +1,137 @@
-"""A killer whose own pages were swapped out: hardened, against plain.
+"""A killer whose own pages were swapped out: hardened, plain, and the same in C.
+
+    python -m benchmarks.harden [--quick] [--runs N]
 
 A process that has mrelease loaded and a victim's Pidfd open has all its pages paged
 out, as far as the kernel lets go of them, to a zram device made for the time of the
-benchmark; then it is told to kill. Both ways are run in turn, and the figures are
-printed as median [lowest-highest]: milliseconds from the trigger to the return of
-kill() and to the victim's exit, and major faults. Files that other processes have
-mapped stay in memory, so it is the interpreter's data that comes back.
-
-    python -m benchmarks.harden [--runs N] [--size MiB]
+benchmark; then it is told to kill. So has a C program, with mlockall and without. All
+are run in turn: milliseconds from the trigger to when the kernel is asked to kill, and
+to the victim's exit; major faults; KiB that were swapped. Files that other processes
+have mapped stay in memory, so it is the interpreter's data that comes back.
 
 Needs root, zram, and process_madvise(2) of Linux 5.10.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import mmap
 import os
 import signal
-import statistics
 import struct
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from mrelease import Pidfd
+
+from . import lab
+from .lab import MissingError, Options
+from .report import Report, Table, Target
 
 CONTROL = Path("/sys/class/zram-control")
 PROCESS_MADVISE = 440  # but for Alpha and MIPS
 MADV_PAGEOUT = 21
 LIMIT = 60.0  # seconds for what takes milliseconds
+ZRAM = 512 << 20  # bytes
+OF_C = 2  # times what the C program with mlockall takes, at most
+HARDENED, LOCKED = "hardened", "C program, mlockall"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
-VICTIM = """
-import os, sys
-memory = bytearray(int(sys.argv[1])) + b"x"
-os.write(1, b"ready\\n")
-os.read(0, 1)
-"""
-
 KILLER = """
 import os, sys, time
-from mrelease import Pidfd, harden, kill
+from mrelease import Pidfd, _kill, harden, kill
 pidfd = Pidfd.open(int(sys.argv[1]))
-refused = ""
+asked = 0.0
+kill_and_release = _kill.kill_and_release
+def timed(fd):
+    global asked
+    asked = time.monotonic()
+    return kill_and_release(fd)
+_kill.kill_and_release = timed
+refused = None
 if sys.argv[2] == "hardened":
-    error = harden(nice=None, oom_score_adj=None)["mlock"]
-    refused = f"mlock refused: {error}" if error else ""
-os.write(1, (refused or "ready").encode() + b"\\n")
+    refused = harden(nice=None, oom_score_adj=None)["mlock"]
+os.write(1, f"mlock refused: {refused}\\n".encode() if refused else b"ready\\n")
 os.read(0, 1)
 result = kill(pidfd)
-os.write(1, f"{time.monotonic()} {result}\\n".encode())
+os.write(1, f"{asked} {time.monotonic()} {result.signal}\\n".encode())
 os.read(0, 1)
 """
 
 
-class Run(NamedTuple):
-    """One kill: seconds from the trigger, and the killer's faults and swapped KiB."""
-
-    returned: float
-    exited: float
-    faults: int
-    swapped: int
-
-
-class SkippedError(Exception):
-    """What is missing here."""
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="A killer that was swapped out: hardened, against plain."
+def run(options: Options) -> Report:
+    report = Report(
+        "harden", "a killer that was swapped out", "Median [lowest-highest]."
     )
-    parser.add_argument("--runs", type=int, default=10, help="of each (default: 10)")
-    parser.add_argument(
-        "--size", type=int, default=512, help="MiB of the zram device (default: 512)"
-    )
-    options = parser.parse_args()
+    table = Table("", "", ["asked, ms", "exit, ms", "faults", "KiB"], ratios=False)
+    report.tables.append(table)
+    ways: dict[str, Callable[[int], list[object]]] = {
+        "plain": lambda pid: _python(pid, "plain"),
+        HARDENED: lambda pid: _python(pid, "hardened"),
+        "C program": lambda pid: [lab.peer("killer"), "nolock", pid],
+        LOCKED: lambda pid: [lab.peer("killer"), "lock", pid],
+    }
     # So that the device is removed in this case, too.
-    signal.signal(signal.SIGTERM, _exit)
-    runs: dict[str, list[Run]] = {"plain": [], "hardened": []}
+    before = signal.signal(signal.SIGTERM, _exit)
     try:
-        with _zram(options.size << 20):
-            for _ in range(options.runs):
-                for way, done in runs.items():
-                    done.append(_run(way))
-    except SkippedError as missing:
-        print(f"skipped: {missing}")
-        return 0
-    print(
-        f"Python {sys.version.split()[0]}, Linux {os.uname().release}, "
-        f"{options.runs} runs, {os.cpu_count()} CPUs"
-    )
-    print(
-        f"{'':<10} {'kill() returned, ms':>24} {'victim exited, ms':>24} "
-        f"{'major faults':>18} {'swapped, KiB':>16}"
-    )
-    for way, done in runs.items():
-        print(
-            f"{way:<10} {_spread([1000 * run.returned for run in done], 2):>24} "
-            f"{_spread([1000 * run.exited for run in done], 2):>24} "
-            f"{_spread([run.faults for run in done]):>18} "
-            f"{_spread([run.swapped for run in done]):>16}"
+        with _zram(ZRAM):
+            for _ in range(options.repeats(20, 3)):
+                for name, command in ways.items():
+                    table.add(name, *_kill_once(command))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not table.median("plain", 3):
+        raise MissingError("a kernel that pages out")
+    report.targets.append(
+        Target(
+            f"asked, {HARDENED} to {LOCKED}",
+            table.ratio(HARDENED, LOCKED),
+            at_most=OF_C,
         )
-    for name in ("returned", "exited"):
-        plain, hardened = (
-            statistics.median(getattr(run, name) for run in done)
-            for done in runs.values()
-        )
-        print(f"plain to hardened, {name}: {plain / hardened:.2f}")
-    return 0
+    )
+    return report
 
 
 def _exit(*_: object) -> NoReturn:
     raise SystemExit(1)
 
 
-def _spread(values: list[float] | list[int], digits: int = 0) -> str:
-    median, low, high = statistics.median(values), min(values), max(values)
-    return f"{median:.{digits}f} [{low:.{digits}f}-{high:.{digits}f}]"
+def _python(pid: int, way: str) -> list[object]:
+    program = f"import sys; sys.path[:] = {sys.path!r}\n{KILLER}"
+    return [sys.executable, "-c", program, pid, way]
 
 
-def _run(way: str) -> Run:
+def _kill_once(
+    command: Callable[[int], list[object]],
+) -> tuple[float, float, float, float]:
+    """Milliseconds until asked and until exit, major faults, KiB swapped."""
     with (
-        _python(VICTIM, str(1 << 20)) as victim,
+        lab.victim(1) as victim,
         Pidfd.open(victim) as exit_of_victim,
-        _python(KILLER, str(victim.pid), way) as killer,
+        lab.process(*command(victim.pid)) as killer,
         Pidfd.open(killer) as pidfd,
     ):
         _page_out(pidfd)
         swapped = _swapped(killer.pid)
-        if way == "plain" and not swapped:
-            raise SkippedError("nothing of the killer could be paged out")
         faults = _major_faults(killer.pid)
         trigger = time.monotonic()
-        _write(killer, b"!")
+        killer.tell()
         if not exit_of_victim.wait(LIMIT):
             raise TimeoutError(f"the victim did not exit within {LIMIT} s")
         exited = time.monotonic()
-        returned, _, result = _line(killer).partition(" ")
-        if "signal 9" not in result:
-            raise RuntimeError(f"not killed: {result}")
-        return Run(
-            float(returned) - trigger,
-            exited - trigger,
+        asked = float(killer.line().split()[0])
+        return (
+            1000 * (asked - trigger),
+            1000 * (exited - trigger),
             _major_faults(killer.pid) - faults,
             swapped,
         )
-
-
-@contextmanager
-def _python(program: str, *args: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has said that it is ready."""
-    path = os.pathsep.join(filter(None, sys.path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *args],
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    with process:
-        try:
-            line = _line(process)
-            if line != "ready":
-                raise SkippedError(line or "a process did not start")
-            yield process
-        finally:
-            process.kill()
-
-
-def _line(process: subprocess.Popen[bytes]) -> str:
-    assert process.stdout
-    return process.stdout.readline().decode().strip()
-
-
-def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
-    assert process.stdin
-    process.stdin.write(data)
 
 
 def _major_faults(pid: int) -> int:
@@ -210,20 +157,20 @@ def _page_out(pidfd: Pidfd) -> None:
 def _zram(size: int) -> Iterator[None]:
     """A new zram device, which is swapped to; nothing of it is left."""
     if os.geteuid() != 0:
-        raise SkippedError("needs root")
+        raise MissingError("root")
     if not (CONTROL / "hot_add").exists():
-        raise SkippedError("needs zram (modprobe zram)")
+        raise MissingError("zram (modprobe zram)")
     with ExitStack() as stack:
         try:
             number = int((CONTROL / "hot_add").read_text())
         except OSError as error:
-            raise SkippedError(f"no zram device: {error}") from None
+            raise MissingError(f"a zram device: {error}") from None
         stack.callback(_retried, (CONTROL / "hot_remove").write_text, str(number))
         device = f"/dev/zram{number}"
         Path(f"/sys/block/zram{number}/disksize").write_text(str(size))
         _make_swap(device, size)
         if _libc.swapon(device.encode(), 0):
-            raise SkippedError(f"swapon: {os.strerror(ctypes.get_errno())}")
+            raise MissingError(f"swapon(2): {os.strerror(ctypes.get_errno())}")
         stack.callback(_swapoff, device)
         yield
 
@@ -259,4 +206,6 @@ def _retried(write: object, text: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from .__main__ import main
+
+    raise SystemExit(main(["harden", *sys.argv[1:]]))

@@ -93,16 +93,17 @@ class Process:
     """A program that says that it is ready, can be told to go on, and answers."""
 
     def __init__(self, *command: object, uid: int | None = None) -> None:
-        ids = {} if uid is None else {"user": uid, "group": uid}
+        self.program = command[0]
         self.popen = subprocess.Popen(
             [str(part) for part in command],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            user=uid,
+            group=uid,
             extra_groups=None if uid is None else [],
-            **ids,  # type: ignore[call-overload]
         )
-        self.pid: int = self.popen.pid
+        self.pid = self.popen.pid
 
     @property
     def returncode(self) -> int | None:
@@ -111,9 +112,9 @@ class Process:
 
     def line(self) -> str:
         assert self.popen.stdout
-        line: str = self.popen.stdout.readline().decode().strip()
+        line = self.popen.stdout.readline().decode().strip()
         if not line:
-            raise RuntimeError(f"{self.popen.args} ended with {self.popen.wait()}")
+            raise RuntimeError(f"{self.program} ended with {self.popen.wait()}")
         return line
 
     def tell(self) -> None:

@@ -68,11 +68,11 @@ class Table:
         lines = []
         for name, row in self.rows.items():
             cells = [name]
-            for column, series in enumerate(row):
+            for index, series in enumerate(row):
                 cells.append(series.text(self.scale))
                 if self.ratios:
-                    has_ratio = self.median(first, column) > 0
-                    ratio = self.ratio(name, first, column) if has_ratio else None
+                    has_ratio = self.median(first, index) > 0
+                    ratio = self.ratio(name, first, index) if has_ratio else None
                     cells.append("-" if ratio is None else number(ratio))
             lines.append(cells)
         return markdown(head, lines)

@@ -3,8 +3,8 @@
     python -m benchmarks.starved [--quick] [--runs N] [--size MiB]
 
 The victim is at nice 19, then at SCHED_IDLE, beside two spinners on each CPU. All ways
-are run in turn; ratios are to SIGKILL alone, which is given up after half a minute. As root,
-who may raise the victim's priority and its own, and as an ordinary user.
+are run in turn; ratios are to SIGKILL alone, which is given up after half a minute. As
+root, who may raise the victim's priority and its own, and as an ordinary user.
 """
 
 from __future__ import annotations

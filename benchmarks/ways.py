@@ -56,7 +56,7 @@ class Ctypes:
 def _typed(function: object, *types: object) -> Callable[..., int]:
     address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
     prototype = ctypes.CFUNCTYPE(ctypes.c_long, *types, use_errno=True)  # type: ignore[arg-type]
-    return prototype(address)  # type: ignore[arg-type, return-value]
+    return prototype(address)  # type: ignore[arg-type]
 
 
 @contextmanager
