@@ -48,11 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--write needs matplotlib, of the bench extra")
     names = [name for name in NAMES if name in (options.names or NAMES)]
     print(f"{machine()}\n", flush=True)
-    reports, lacking = _run(names, Options(options.runs, options.size, options.quick))
+    settings = Options(options.runs, options.size, options.quick)
+    reports, lacking = _run(names, settings, options.write)
     if options.json:
         options.json.write_text(_json(reports, lacking))
-    if options.write:
-        write(options.write, reports, lacking)
     if options.names and not reports:
         return 2
     return 0 if all(report.met for report in reports) else 1
@@ -71,18 +70,18 @@ def machine() -> str:
     )
 
 
-def write(folder: Path, reports: list[Report], lacking: dict[str, str]) -> None:
-    """Write what was run: JSON, and a page and figures for each."""
+def write(folder: Path, report: Report) -> None:
+    """Write a page, the figures that it shows, and all that was found, as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    today = time.strftime("%Y-%m-%d")
-    (folder / "machine.md").write_text(f"{machine()}; {today}.\n")
-    (folder / "results.json").write_text(_json(reports, lacking))
-    for report in reports:
-        figures = report.draw(folder)
-        (folder / f"{report.name}.md").write_text(report.markdown(figures))
+    when = f"Measured on {time.strftime('%Y-%m-%d')}: {machine()}."
+    page = report.markdown(report.draw(folder), when)
+    (folder / f"{report.name}.md").write_text(page)
+    (folder / f"{report.name}.json").write_text(_json([report], {}))
 
 
-def _run(names: list[str], options: Options) -> tuple[list[Report], dict[str, str]]:
+def _run(
+    names: list[str], options: Options, folder: Path | None
+) -> tuple[list[Report], dict[str, str]]:
     reports, lacking = [], {}
     for name in names:
         module = importlib.import_module(f"benchmarks.{name}")
@@ -96,6 +95,8 @@ def _run(names: list[str], options: Options) -> tuple[list[Report], dict[str, st
         reports.append(report)
         print(report.markdown())
         print(f"({time.monotonic() - begin:.0f} s)\n", flush=True)
+        if folder:
+            write(folder, report)
     return reports, lacking
 
 

@@ -86,7 +86,7 @@ def run(options: Options) -> Report:
         "the last has exited: median [lowest-highest].",
     )
     size = options.size or options.choose(128, 32)
-    runs = options.repeats(7, 2)
+    runs = options.repeats(7, 1)
     with lab.memory() as memory:
         quiet = Table(f"{VICTIMS} of {size} MiB", "ms", ["back", "exit"], scale=1000)
         starved = Table(f"{quiet.title} at nice 19", "ms", ["back", "exit"], scale=1000)
@@ -96,12 +96,13 @@ def run(options: Options) -> Report:
         for _ in range(options.repeats(3, 1)):
             for name in WAYS:
                 add(starved, name, kill_large(name, memory, size, nice=19))
-        crowds = [10, 100, 1000, 3000] if not options.quick else [10, 100, 1000]
-        small = Table("1000 small ones", "ms", ["exit"], scale=1000)
+        crowds = options.choose([10, 100, 1000, 3000], [10, 100])
+        many = options.choose(1000, 100)
+        small = Table(f"{many} small ones", "ms", ["exit"], scale=1000)
         cost = Table("a process of a crowd", "us", ["cost"], scale=1e6)
         for _ in range(runs):
             for name in WAYS:
-                small.add(name, kill_crowd(name, memory, 1000), limit=lab.LIMIT)
+                small.add(name, kill_crowd(name, memory, many), limit=lab.LIMIT)
             for number in crowds:
                 seconds = kill_crowd(KILL_CGROUP, memory, number)
                 cost.add(f"of {number}", (seconds or lab.LIMIT) / number)

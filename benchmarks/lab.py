@@ -186,9 +186,10 @@ def exit_stopped(mib: int) -> Iterator[Process]:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of private memory: of one that stands still it tells the truth."""
+    """Bytes of private memory of one that was released; 0 once it has let go of it."""
     text = Path(f"/proc/{pid}/status").read_text()
-    return int(text.partition("RssAnon:")[2].split()[0]) << 10
+    words = text.partition("RssAnon:")[2].split()
+    return int(words[0]) << 10 if words else 0
 
 
 @contextmanager

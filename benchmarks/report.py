@@ -125,9 +125,9 @@ class Report:
         targets = [{**asdict(one), "met": one.met} for one in self.targets]
         return {**asdict(self), "targets": targets}
 
-    def markdown(self, figures: Iterable[str] = ()) -> str:
+    def markdown(self, figures: Iterable[str] = (), when: str = "") -> str:
         """Everything as a section of a page, with the files of its figures."""
-        parts = [f"## {self.name}: {self.title}", self.about]
+        parts = [f"## {self.name}: {self.title}", when, self.about]
         parts += [table.markdown() for table in self.tables]
         parts += [f"![{self.title}]({figure})" for figure in figures]
         parts.append(

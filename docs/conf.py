@@ -23,6 +23,7 @@ today = "".join(re.findall(r"^## [\d.]+ - (\S+)$", CHANGES, re.M)[:1])
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
+exclude_patterns = ["performance/*"]  # parts of a page
 suppress_warnings = ["epub.unknown_project_files"]
 
 autodoc_member_order = "bysource"
