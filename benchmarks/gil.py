@@ -72,7 +72,7 @@ def progress(mib: int, way: Way) -> float:
         rounds = 0
         begin.wait()
         start = monotonic()
-        while not done:
+        while not done or not rounds:
             for _ in range(1000):
                 pass
             rounds += 1000
