@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from . import lab, ways
+from . import earlyoom, lab, ways
 from .lab import Options
 from .report import Report, Table, Target
 
@@ -27,6 +27,8 @@ def run(options: Options) -> Report:
     )
     names = [ways.SIGKILL, ways.PSUTIL, ways.CTYPES, ways.C, ways.MRELEASE]
     report.missing += filter(None, map(ways.lacks, names))
+    if lack := earlyoom.lack():
+        report.missing.append(lack)
     size = options.size or 256
     sizes = [options.size] if options.size else options.choose([256, 1024, 2048], [256])
     cases: list[tuple[str, int, lab.Kind, int]] = [
@@ -45,6 +47,9 @@ def run(options: Options) -> Report:
                 for name, way in ways.here(*names).items():
                     seen = measure(way, memory, mib, kind, threads)
                     table.add(name, seen.back, seen.exit, limit=lab.LIMIT)
+                if kind == "small" and threads == 1 and not lack:
+                    seen = earlyoom.measure(memory, mib)
+                    table.add(earlyoom.NAME, seen.back, seen.exit, limit=lab.LIMIT)
             report.tables.append(table)
             can_gain = kind == "small" and threads == 1
             report.targets.append(

@@ -18,7 +18,7 @@ from typing import Literal
 import mrelease
 import victims
 
-from . import lab, ways
+from . import earlyoom, lab, ways
 from .lab import Options
 from .report import Report, Table, Target
 
@@ -48,6 +48,8 @@ def run(options: Options) -> Report:
         "Seconds from the decision until 95 % of the victim's memory is back, and "
         "until it has exited: median [lowest-highest].",
     )
+    if lack := earlyoom.lack():
+        report.missing.append(lack)
     users: list[int | None] = [None, victims.NOBODY] if root else [None]
     with lab.memory() as memory:
         for uid in users:
@@ -70,11 +72,18 @@ def measure(
     names = dict(ways.here(ways.SIGKILL, ways.C, ways.MRELEASE))
     if privileged:
         names[HARDENED] = by_hardened
+    size = options.size or 256
     limit = options.choose(30.0, 6.0)
     for _ in range(options.repeats(5, 1)):
         for name, way in names.items():
-            seen = kill_one(way, memory, options.size or 256, policy, uid, limit)
+            seen = kill_one(way, memory, size, policy, uid, limit)
             table.add(name, seen.back, seen.exit, limit=limit)
+        if privileged and not earlyoom.lack():
+            with lab.spinners():
+                seen = earlyoom.measure(
+                    memory, size, lambda pid: starve(pid, policy), limit
+                )
+            table.add(earlyoom.NAME, seen.back, seen.exit, limit=limit)
     report.tables.append(table)
     ours = HARDENED if privileged else ways.MRELEASE
     report.targets.append(
@@ -104,19 +113,20 @@ def kill_one(
 ) -> lab.Seen:
     """One starved victim, killed one way by a user."""
     before = memory.held()
-    with (
-        lab.victim(mib, uid=uid, join=memory.join) as victim,
-        lab.spinners(),
-    ):
-        if policy == "nice 19":
-            os.setpriority(os.PRIO_PROCESS, victim.pid, 19)
-        else:
-            os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
+    with lab.victim(mib, uid=uid, join=memory.join) as victim, lab.spinners():
+        starve(victim.pid, policy)
 
         def kill() -> float | None:
             return lab.as_user(uid, lambda: ways.at_once(way, victim))
 
         return lab.watch(memory, before, [victim.pid], kill, limit)
+
+
+def starve(pid: int, policy: Policy) -> None:
+    if policy == "nice 19":
+        os.setpriority(os.PRIO_PROCESS, pid, 19)
+    else:
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 if __name__ == "__main__":
