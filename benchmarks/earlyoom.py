@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,12 @@ def lack() -> str | None:
         if not shutil.which(command):
             return command
     return None if os.geteuid() == 0 else f"{NAME}: root, for a pid namespace"
+
+
+def version() -> str:
+    return subprocess.run(
+        ["earlyoom", "-v"], check=True, text=True, stderr=subprocess.PIPE
+    ).stderr.strip()
 
 
 def measure(

@@ -29,6 +29,8 @@ def run(options: Options) -> Report:
     report.missing += filter(None, map(ways.lacks, names))
     if lack := earlyoom.lack():
         report.missing.append(lack)
+    else:
+        report.notes.append(f"with {earlyoom.version()}")
     size = options.size or 256
     sizes = [options.size] if options.size else options.choose([256, 1024, 2048], [256])
     cases: list[tuple[str, int, lab.Kind, int]] = [

@@ -50,6 +50,8 @@ def run(options: Options) -> Report:
     )
     if lack := earlyoom.lack():
         report.missing.append(lack)
+    else:
+        report.notes.append(f"with {earlyoom.version()}")
     users: list[int | None] = [None, victims.NOBODY] if root else [None]
     with lab.memory() as memory:
         for uid in users:
@@ -73,7 +75,7 @@ def measure(
     if privileged:
         names[HARDENED] = by_hardened
     size = options.size or 256
-    limit = options.choose(30.0, 6.0)
+    limit = options.choose(30.0, 4.0)
     for _ in range(options.repeats(5, 1)):
         for name, way in names.items():
             seen = kill_one(way, memory, size, policy, uid, limit)
