@@ -24,10 +24,10 @@ from .._pidfd import Pidfd
 try:
     from distributed import NannyPlugin, Status
     from tornado.ioloop import PeriodicCallback
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "mrelease.integrations.dask needs distributed: pip install 'mrelease[dask]'"
-    ) from error
+    ) from _error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
