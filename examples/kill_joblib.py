@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from threading import Thread
 
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
@@ -17,16 +16,17 @@ from mrelease import kill_all
 
 
 def main() -> None:
-    # joblib keeps its workers for the next call: after this one they are there.
-    Parallel(n_jobs=2)(delayed(time.sleep)(0) for _ in range(2))
+    # One that has ended shows that the workers are there.
+    results = Parallel(n_jobs=2, batch_size=1, return_as="generator_unordered")(
+        delayed(time.sleep)(seconds) for seconds in (0, 1000, 1000)
+    )
+    next(results)
     workers = multiprocessing.active_children()
-    killer = Thread(target=kill_all, args=(workers,), kwargs={"timeout": None})
+    kill_all(workers, timeout=None)
     try:
-        killer.start()
-        Parallel(n_jobs=2)(delayed(time.sleep)(1000) for _ in range(2))
+        next(results)
     except TerminatedWorkerError:
         print("terminated workers")
-    killer.join()
     # The next call has new workers.
     print("answers", Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(2)))
     get_reusable_executor().shutdown()
