@@ -1,7 +1,8 @@
 /* What the bare system calls cost: calls PID LOOPS
  *
- * PID is a dying process that cannot go on, so that every call succeeds. It says the nanoseconds of one process_mrelease, of one kill
- * and process_mrelease, of one pidfd_open, without the close. */
+ * PID is a dying process that cannot go on, so that every call succeeds. It
+ * says the nanoseconds of one process_mrelease, of one kill and
+ * process_mrelease, of one pidfd_open, without the close. */
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdio.h>

@@ -1,8 +1,8 @@
 /* What earlyoom does when it has decided: killer lock|nolock PID...
  *
  * pidfd_open ahead, then, told to by a line, kill and process_mrelease of one
- * after the other. It says for each when it was about to send SIGKILL (CLOCK_MONOTONIC),
- * when the release returned, and its errno. */
+ * after the other. It says for each when it was about to send SIGKILL
+ * (CLOCK_MONOTONIC), when the release returned, and its errno. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
