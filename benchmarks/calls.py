@@ -56,7 +56,7 @@ def run(options: Options) -> Report:
             Target(f"{call}, added to C", ours, at_most=MORE_THAN_C, unit=" ns"),
             Target(
                 f"{call}, added by ctypes to added by mrelease",
-                theirs / max(ours, 1),
+                theirs / max(ours, 1),  # ns, or noise would make it infinite
                 at_least=LESS_THAN_CTYPES,
             ),
         ]
