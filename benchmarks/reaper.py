@@ -91,7 +91,7 @@ def percentile(values: tuple[float, ...], percent: int) -> float:
 
 
 def measure(
-    method: Callable[[mrelease.Pidfd], None],
+    method: Callable[[mrelease.Pidfd], object],
     memory: lab.Memory,
     mib: int,
     busy: Event,

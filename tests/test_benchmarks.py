@@ -10,7 +10,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -19,7 +22,8 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the benchmarks, of the source", allow_module_level=True)
 sys.path.append(str(ROOT))
 
-from benchmarks import lab, quiet, race, reaper, threads, ways  # noqa: E402
+import mrelease  # noqa: E402
+from benchmarks import imports, lab, quiet, race, reaper, threads, ways  # noqa: E402
 from benchmarks.report import Report, Series, Table, Target, number  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs cc")
@@ -126,16 +130,24 @@ def test_the_command_refuses_what_it_does_not_know() -> None:
     assert "there is no benchmark nothing" in result.stderr
 
 
+@contextmanager
+def counted() -> Iterator[lab.Memory]:
+    """Memory that is counted apart: else that of other processes might hide it."""
+    with lab.memory() as memory:
+        if memory.cgroup is None:
+            pytest.skip("needs a memory cgroup that can be made")
+        yield memory
+
+
 @needs_compiler
 @pytest.mark.needs("release")
 class TestTinyRuns:
     @pytest.mark.parametrize("name", [ways.SIGKILL, ways.CTYPES, ways.C, ways.MRELEASE])
     def test_memory_is_seen_to_come_back(self, name: str) -> None:
-        with lab.memory() as memory:
+        with counted() as memory:
             seen = quiet.measure(ways.WAYS[name], memory, 32)
+        assert seen.back is not None
         assert seen.exit is not None
-        # Other processes' memory may hide it, where no cgroup counts ours alone.
-        assert seen.back is not None or memory.cgroup is None
 
     def test_memory_that_is_not_there_is_not_measured(self) -> None:
         with (
@@ -147,7 +159,7 @@ class TestTinyRuns:
             lab.watch(memory, memory.held() + (1 << 30), [victim.pid], lambda: None)
 
     def test_who_is_not_killed_is_cut_off(self) -> None:
-        with lab.memory() as memory:
+        with counted() as memory:
             before = memory.held()
             with lab.victim(32, join=memory.join) as victim:
                 seen = lab.watch(memory, before, [victim.pid], lambda: None, 0.1)
@@ -169,14 +181,24 @@ class TestTinyRuns:
             pass
         assert victim.returncode is not None
 
-    @pytest.mark.parametrize("name", ["gil", "imports", "reaper"])
-    def test_a_benchmark_says_what_it_found(self, name: str, tmp_path: Path) -> None:
+    def test_a_way_through_a_reaper_is_timed(self) -> None:
+        with counted() as memory, mrelease.Reaper() as through:
+            asked, back = reaper.measure(
+                lambda pidfd: through.kill(pidfd).result(), memory, 16, Event()
+            )
+        assert 0 < asked < back
+
+    def test_an_import_is_timed_and_the_first_kill_watched(self) -> None:
+        assert imports.seconds("import mrelease") > 0
+        assert imports.loaded_by_first_kill() == []
+
+    def test_a_benchmark_says_what_it_found(self, tmp_path: Path) -> None:
         file = tmp_path / "found.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--runs=1"]
+        command = [sys.executable, "-m", "benchmarks.gil", "--quick", "--runs=1"]
         command += ["--size=16", f"--json={file}"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode in (0, 1), result.stderr
         [found] = json.loads(file.read_text())["benchmarks"]
-        assert found["name"] == name
+        assert found["name"] == "gil"
         assert found["targets"]
         assert ("MISSED" in result.stdout) is (result.returncode == 1)
