@@ -118,8 +118,8 @@ class Report:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def met(self) -> bool:
-        return all(target.met for target in self.targets)
+    def missed(self) -> list[str]:
+        return [target.line() for target in self.targets if not target.met]
 
     def as_dict(self) -> dict[str, object]:
         targets = [{**asdict(one), "met": one.met} for one in self.targets]
