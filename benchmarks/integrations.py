@@ -177,6 +177,7 @@ def killer(hooked: bool) -> Callable[[], None]:
 def of_celery(size: int, told: str, hooked: bool) -> Iterator[Scene]:
     """billiard's pool, killed as by revoke(terminate=True, signal="SIGKILL")."""
     import celery_pool
+    from billiard import active_children
     from billiard.pool import Pool
 
     pool = (celery_pool.ThreadPool if hooked else Pool)(processes=1)
@@ -191,6 +192,9 @@ def of_celery(size: int, told: str, hooked: bool) -> Iterator[Scene]:
 
         yield Scene(fill, end)
     finally:
+        # One that was not killed would not obey, and the pool would wait for it.
+        for child in active_children():
+            os.kill(child.pid, signal.SIGKILL)
         pool.terminate()
         pool.join()
 
