@@ -272,7 +272,7 @@ def connects(address: str) -> bool:
 
 @contextmanager
 def of_supervisor(size: int, told: str, hooked: bool) -> Iterator[Scene]:
-    """A program whose stopsignal is KILL."""
+    """A program that is given no time: by stopsignal=KILL, or by the listener."""
     from xmlrpc.client import ServerProxy
 
     from supervisor.xmlrpc import SupervisorTransport
@@ -282,7 +282,7 @@ def of_supervisor(size: int, told: str, hooked: bool) -> Iterator[Scene]:
     (folder / "holder.py").write_text(argument)
     listener = f"""
 [eventlistener:mrelease]
-command={python} {ROOT}/examples/supervisor_listener.py
+command={python} {ROOT}/examples/supervisor_listener.py 0
 events=PROCESS_STATE_RUNNING,PROCESS_STATE_STOPPING
 """
     (folder / "conf").write_text(
@@ -299,7 +299,7 @@ supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 [program:holder]
 command={python} {folder}/holder.py
 autostart=false
-stopsignal=KILL
+stopsignal={"TERM" if hooked else "KILL"}
 {listener if hooked else ""}
 """
     )

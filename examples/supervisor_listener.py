@@ -1,12 +1,12 @@
-"""Supervisor: an event listener that releases whatever supervisord kills.
+"""Supervisor: an event listener that kills, and releases, who does not stop in time.
 
     [eventlistener:mrelease]
-    command=python /path/to/supervisor_listener.py
+    command=python /path/to/supervisor_listener.py 9
     events=PROCESS_STATE_RUNNING,PROCESS_STATE_STOPPING
 
 A pidfd is opened when a program has started. When it is to stop, supervisord sends its
-stopsignal, and SIGKILL after stopwaitsecs; the listener waits for its death, helps it
-out of its memory, and sends no signal itself.
+stopsignal; after so many seconds, less than its stopwaitsecs, the listener kills it.
+supervisord, whose own SIGKILL is then not needed, sees it end.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def ours(pid: int) -> bool:
         return int(stat.read().rpartition(")")[2].split()[1]) == os.getppid()
 
 
-def release(pidfd: Pidfd) -> None:
-    # Until it is killed, however long that takes; or until it has gone by itself.
+def end(pidfd: Pidfd, grace: float) -> None:
     with pidfd:
-        print(pidfd.release(timeout=None), file=sys.stderr, flush=True)
+        if not pidfd.wait(grace):
+            print(pidfd.kill(), file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    grace = float(sys.argv[1])
     running: dict[str, Pidfd] = {}
     while True:
         headers, payload = childutils.listener.wait()
@@ -45,7 +46,7 @@ def main() -> None:
                 running[name] = Pidfd.open(int(event["pid"]), verify=ours)
             elif name in running:
                 # A thread, as supervisord waits for the answer.
-                Thread(target=release, args=(running.pop(name),), daemon=True).start()
+                Thread(target=end, args=(running.pop(name), grace), daemon=True).start()
         except OSError as error:  # it has gone: nothing is left to release
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         childutils.listener.ok()

@@ -212,9 +212,9 @@ def test_supervisors_listener_releases_what_does_not_obey(tmp_path: Path) -> Non
         serverurl=unix://{tmp_path}/s
         [program:deaf]
         command={sys.executable} {tmp_path}/deaf.py
-        stopwaitsecs=1
+        stopwaitsecs=60
         [eventlistener:mrelease]
-        command={sys.executable} {EXAMPLES}/supervisor_listener.py
+        command={sys.executable} {EXAMPLES}/supervisor_listener.py 1
         events=PROCESS_STATE_RUNNING,PROCESS_STATE_STOPPING
         stderr_logfile={tmp_path}/listener
         """,
