@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"there is no benchmark {', '.join(sorted(strange))}")
     if options.write and not importlib.util.find_spec("matplotlib"):
         parser.error("--write needs matplotlib, of the bench extra")
+    # So that all is cleaned up in this case, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     names = [name for name in NAMES if name in (options.names or NAMES)]
     print(f"{machine()}\n", flush=True)
     settings = Options(options.runs, options.size, options.quick)

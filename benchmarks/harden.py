@@ -17,14 +17,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import signal
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from mrelease import Pidfd
 
@@ -77,15 +75,10 @@ def run(options: Options) -> Report:
         "C program": lambda pid: [lab.peer("killer"), "nolock", pid],
         LOCKED: lambda pid: [lab.peer("killer"), "lock", pid],
     }
-    # So that the device is removed in this case, too.
-    before = signal.signal(signal.SIGTERM, _exit)
-    try:
-        with _zram(ZRAM):
-            for _ in range(options.repeats(20, 3)):
-                for name, command in ways.items():
-                    table.add(name, *_kill_once(command))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _zram(ZRAM):
+        for _ in range(options.repeats(20, 3)):
+            for name, command in ways.items():
+                table.add(name, *_kill_once(command))
     if not table.median("plain", 3):
         raise MissingError("a kernel that pages out")
     report.targets.append(
@@ -96,10 +89,6 @@ def run(options: Options) -> Report:
         )
     )
     return report
-
-
-def _exit(*_: object) -> NoReturn:
-    raise SystemExit(1)
 
 
 def _python(pid: int, way: str) -> list[object]:
