@@ -124,7 +124,7 @@ def _kill_once(
 
 
 def _major_faults(pid: int) -> int:
-    text = Path(f"/proc/{pid}/stat").read_text()
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     return int(text.rpartition(")")[2].split()[9])
 
 

@@ -597,7 +597,7 @@ class Family(Child):
         children: dict[int, list[int]] = {}
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             with suppress(FileNotFoundError, ProcessLookupError):
-                text = Path(f"/proc/{pid}/stat").read_text()
+                text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
                 state, parent, *rest = text.rpartition(")")[2].split()
                 children.setdefault(int(parent), []).append(pid)
                 # A leader that has exited before its threads looks like a zombie.
