@@ -15,8 +15,8 @@ from ._mrelease import process_mrelease as process_mrelease
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ._batch import kill_all as kill_all
     from ._groups import cgroup_pidfds as cgroup_pidfds
-    from ._groups import kill_all as kill_all
     from ._groups import kill_cgroup as kill_cgroup
     from ._groups import kill_tree as kill_tree
     from ._kill import KillResult as KillResult
@@ -67,7 +67,7 @@ _LAZY = {
     "harden": "_sched",
     "is_supported": "_probe",
     "kill": "_kill",
-    "kill_all": "_groups",
+    "kill_all": "_batch",
     "kill_cgroup": "_groups",
     "kill_tree": "_groups",
     "probe": "_probe",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from . import __version__, _kill_command
@@ -182,9 +181,9 @@ def _doctor(options: argparse.Namespace) -> int:
     from . import _doctor
 
     report, advice = _doctor.examine()
-    output = Output()
+    output = Output(options.json)
     if options.json:
-        output.line(json.dumps({**report, "advice": advice}))
+        output.fields({**report, "advice": advice})
     else:
         output.line(_doctor.text(report, advice))
     works = report["pidfd_open"] is True and report["process_mrelease"] is True

@@ -1,24 +1,23 @@
-"""Many processes at once: a list of them, a cgroup, a tree."""
+"""Many processes that belong together: a cgroup, a tree."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from errno import EINTR, ENODEV, ENOSYS, EPERM
 from marshal import dumps, loads
 from time import monotonic
 
 from . import _cgroup, _child, _proc
-from ._batch import Batch, as_os_error, unopened
-from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim
-from ._pidfd import INFINITY, Pidfd, pid_of
+from ._batch import Batch, unopened
+from ._kill import SIGKILL, KillResult, Options, check_victim
+from ._pidfd import INFINITY, Pidfd
 from ._proc import NO_DESCRIPTOR
 from ._stops import Stops, open_known
 from ._tree import Tree, is_descendant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from typing import TypeAlias, Unpack
 
     from ._cgroup import Cgroup
@@ -38,37 +37,6 @@ _PATIENCE_BYTE = 1 / 2**30
 # not ours to kill. One that forks and exits all the time is missed in most rounds.
 _IDLE_ROUNDS = 1000
 _PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
-
-
-def kill_all(
-    targets: Iterable[Target], **options: Unpack[KillOptions]
-) -> list[KillResult | OSError]:
-    """Kill processes and free their memory: the largest first, one after the other.
-
-    Starved processes come back sooner so than all killed at once. The options are
-    kill()'s; the waiting, up to timeout seconds from a process's SIGKILL, is for all
-    of them together, after the last kill. Targets beyond a quarter of RLIMIT_NOFILE
-    come after those before them, whatever their size.
-
-    Returns one result a target, in order. One that cannot be opened or killed gives
-    its exception, and the rest are still killed; what kill() refuses with ValueError
-    gives one that is an OSError, too, with EINVAL. Raises TypeError for what is no
-    target, and what kill() raises for an option, before anything is killed.
-
-    Of more targets than half of RLIMIT_NOFILE some results may come early, with what
-    was known then. Linux 5.15 for the release, 5.3 for the kill. Thread-safe.
-    """
-    settings = Options(**options)
-    if isinstance(targets, bytes | bytearray | memoryview):
-        raise TypeError(f"targets must not be {type(targets).__name__}: pids are ints")
-    targets = list(targets)
-    for target in targets:
-        with suppress(ValueError):  # a result, in its turn
-            pid_of(target)
-    with Batch(settings) as batch:
-        begun = [_begin(target, batch) for target in targets]
-        batch.finish()
-    return [one if isinstance(one, OSError) else batch.results[one] for one in begun]
 
 
 def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
@@ -182,15 +150,6 @@ def tree_members(root: Pidfd) -> dict[int, int]:
     check_victim(root)
     _check_tree(root.pid)
     return dict(Tree(root).look())
-
-
-def _begin(target: Target, batch: Batch) -> Sequence | OSError:
-    try:
-        if isinstance(target, Pidfd):
-            return batch.add(target, own=False)
-        return batch.add(batch.open(Pidfd.open, target))
-    except (OSError, ValueError, OverflowError) as error:
-        return as_os_error(error)
 
 
 def _members(cgroup: Cgroup, recursive: bool) -> Iterator[Pidfd]:

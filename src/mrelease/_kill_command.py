@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from contextlib import ExitStack, suppress
 from errno import EPERM
 from heapq import nlargest
-from threading import Thread
 from time import monotonic
 
 from . import _proc
-from ._batch import unopened
-from ._groups import (
-    cgroup_members,
-    cgroup_pidfds,
-    kill_all,
-    kill_cgroup,
-    kill_tree,
-    tree_members,
-)
+from ._batch import kill_all, unopened
 from ._kill import SIGTERM, KillResult, Options, check_victim
 from ._output import (
     INTERRUPTED,
@@ -35,13 +25,12 @@ from ._output import (
     status_of_error,
 )
 from ._pidfd import Pidfd
-from ._stops import open_known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from ._types import KillOptions
 
@@ -57,34 +46,34 @@ _LAST_WORK = 2.0  # seconds after Ctrl-C, for a tree not to be left stopped
 def run(options: argparse.Namespace) -> int:
     """Kill what was asked for and print it; return the exit status."""
     _allow_descriptors()
-    command = _Command(options)
+    command = _command(options)
     try:
-        if options.cgroup:
-            for path in options.targets:
-                command.cgroup(path)
-        elif options.tree:
-            command.trees(options.targets)
-        else:
-            command.processes(options.targets)
+        command.kill(options.targets)
     except KeyboardInterrupt:
         left = [pid for pid in command.pids if _proc.anonymous(pid) is not None]
         complain(f"interrupted; still there: {' '.join(map(str, left)) or 'none'}")
         return INTERRUPTED
-    if options.cgroup or options.tree:
-        command.total()
     return max(command.status, command.output.status())
 
 
-class _Command:
+def _command(options: argparse.Namespace) -> Command:
+    if not (options.cgroup or options.tree):
+        return Command(options)
+    # Most kill processes: those need not wait for it to be loaded.
+    from ._group_command import Cgroups, Trees
+
+    return Cgroups(options) if options.cgroup else Trees(options)
+
+
+class Command:
     """One run of the command: its options, its output, and what it has seen so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.output = Output()
+        self.output = Output(options.json)
         self.status = OK
         self.pids: list[int] = []  # of whom it is about to kill
         self._dry_run: bool = options.dry_run
         self._grace: float | None = options.term
-        self._json: bool = options.json
         self._wait: bool = options.wait
         self._kill: KillOptions = {
             "timeout": options.timeout,
@@ -98,9 +87,10 @@ class _Command:
         self._sizes: dict[int, int] = {}  # by pid, in bytes
         self._results: list[KillResult] = []
 
-    def processes(self, pids: list[int]) -> None:
+    def kill(self, targets: list[Any]) -> None:
+        """Kill the processes with these pids."""
         with ExitStack() as stack:
-            victims = self._open(pids, stack)
+            victims = self._open(targets, stack)
             if self._dry_run:
                 self._list(self.pids)
                 return
@@ -110,57 +100,6 @@ class _Command:
             results = {**done, **dict(zip(left, killed, strict=True))}
             for pidfd in victims:
                 self._say(pidfd.pid, results[pidfd])
-
-    def trees(self, pids: list[int]) -> None:
-        with ExitStack() as stack:
-            for root in self._open(pids, stack):
-                if any(result.pid == root.pid for result in self._results):
-                    continue  # it was in the tree of another
-                try:
-                    self._tree(root)
-                except (OSError, ValueError) as error:
-                    self._fail(root.pid, error)
-
-    def _tree(self, root: Pidfd) -> None:
-        members = tree_members(root)
-        self._note([*members, root.pid])
-        if self._dry_run:
-            self._list([*members, root.pid])
-            return
-        for pid, result in self._kill_tree(root, members).items():
-            self._say(pid, result)
-
-    def cgroup(self, path: str) -> None:
-        try:
-            pids = cgroup_members(path)
-            self._note(pids)
-            if self._dry_run:
-                self._list(pids)
-                return
-            for result in self._kill_cgroup(path):
-                self._say(result.pid, result)
-        except (OSError, ValueError) as error:
-            self._fail(path, error)
-
-    def total(self) -> None:
-        """Print the sum of what has been said."""
-        elapsed = monotonic() - self._start
-        if self._dry_run:
-            self._total("would kill", len(self.pids), sum(self._sizes.values()))
-            return
-        back = sum(result.released for result in self._results)
-        freed = sum(result.freed or 0 for result in self._results)
-        self._total(f"{back} back", len(self._results), freed, elapsed)
-
-    def _total(
-        self, outcome: str, count: int, size: int, elapsed: float | None = None
-    ) -> None:
-        if self._json:
-            fields = {"total": count, "outcome": outcome, "bytes": size}
-            self.output.line(json.dumps(fields | {"elapsed": elapsed}))
-        else:
-            what = f"{count} process{'' if count == 1 else 'es'}"
-            self.output.line(_columns("total", what, outcome, size, elapsed))
 
     def _open(self, pids: list[int], stack: ExitStack) -> list[Pidfd]:
         """Open all, before any is killed, and complain of those that cannot be."""
@@ -182,47 +121,6 @@ class _Command:
         self.pids += fresh
         self._names.update((pid, _proc.name(pid)) for pid in fresh)
         self._sizes.update((pid, _proc.anonymous(pid) or 0) for pid in fresh)
-
-    def _kill_tree(
-        self, root: Pidfd, members: dict[int, int]
-    ) -> dict[int, KillResult | OSError]:
-        if self._grace is None:
-            results = self._watch(lambda: kill_tree(root, **self._kill))
-            return {result.pid: result for result in results}
-        with ExitStack() as stack:
-            asked = [root]
-            for pid, started in members.items():
-                with suppress(ProcessLookupError, ValueError):
-                    asked.append(stack.enter_context(open_known(pid, started)))
-            done = self._ask(asked)
-            killed: dict[int, KillResult | OSError] = {}
-            # After the root those whose parents have obeyed: they are not below it.
-            for pidfd in asked:
-                if pidfd not in done and pidfd.pid not in killed:
-                    killed |= self._kill_one_tree(pidfd)
-        obeyed = {pidfd.pid: result for pidfd, result in done.items()}
-        return obeyed | killed
-
-    def _kill_one_tree(self, root: Pidfd) -> dict[int, KillResult | OSError]:
-        try:
-            results = self._watch(lambda: kill_tree(root, **self._kill))
-        except ProcessLookupError:
-            return {}  # it has obeyed after all
-        except OSError as error:
-            return {root.pid: error}
-        return {result.pid: result for result in results}
-
-    def _kill_cgroup(self, path: str) -> list[KillResult]:
-        with ExitStack() as stack:
-            asked: list[Pidfd] = []
-            if self._grace is not None:
-                asked += map(stack.enter_context, cgroup_pidfds(path))
-            done = self._ask(asked)
-            try:
-                killed = self._watch(lambda: kill_cgroup(path, **self._kill))
-            except FileNotFoundError:
-                killed = []  # it was removed, and so was empty
-        return [*done.values(), *killed]
 
     def _ask(self, pidfds: list[Pidfd]) -> dict[Pidfd, KillResult]:
         """Send SIGTERM, and wait for the grace; return the results of who obeyed."""
@@ -251,6 +149,9 @@ class _Command:
         """Do it in a thread; on a terminal, show how far it is while it lasts."""
         if not sys.stderr.isatty():
             return work()
+        # The kill in hand has not begun, and without a terminal there is no need.
+        from threading import Thread
+
         ended: list[list[_T] | Exception] = []
 
         def begin() -> None:
@@ -293,11 +194,10 @@ class _Command:
     def _list(self, pids: Iterable[int]) -> None:
         for pid in pids:
             name, size = self._names[pid], self._sizes[pid]
-            if self._json:
-                fields = {"pid": pid, "name": name, "anonymous": size}
-                self.output.line(json.dumps(fields))
+            if self.output.as_json:
+                self.output.fields({"pid": pid, "name": name, "anonymous": size})
             else:
-                self.output.line(_columns(pid, name, "would kill", size))
+                self.output.line(row(pid, name, "would kill", size))
 
     def _say(self, pid: int, result: KillResult | OSError) -> None:
         if isinstance(result, OSError):
@@ -306,11 +206,11 @@ class _Command:
         name = self._names.get(pid) or _proc.name(pid)  # forked meanwhile
         self._results.append(result)
         self.status = max(self.status, _status(result, self._wait))
-        if self._json:
-            self.output.line(json.dumps({"name": name, **result.as_dict()}))
+        if self.output.as_json:
+            self.output.fields({"name": name, **result.as_dict()})
         else:
             columns = (pid, name, result.outcome, result.freed, result.elapsed)
-            self.output.line(_columns(*columns))
+            self.output.line(row(*columns))
 
     def _fail(self, target: object, error: OSError | ValueError) -> None:
         # The path of a cgroup is in the error already.
@@ -342,7 +242,7 @@ def _show(text: str) -> None:
         discard(sys.stderr)  # the terminal has gone, the kill has not
 
 
-def _columns(
+def row(
     who: object,
     name: str,
     outcome: str,

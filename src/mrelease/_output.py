@@ -54,10 +54,22 @@ def discard(stream: TextIO) -> None:
 
 
 class Output:
-    """Lines to standard output; if that fails, the kills go on and the end tells."""
+    """Lines to standard output; if that fails, the kills go on and the end tells.
 
-    def __init__(self) -> None:
+    as_json: whether they are to be JSON, and fields() is used.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
         self.error: OSError | None = None
+        if as_json:
+            # Now: after a kill there may be no descriptor left to load it with.
+            from json import dumps
+
+            self._dumps = dumps
+
+    def fields(self, fields: dict[str, object]) -> None:
+        self.line(self._dumps(fields))
 
     def line(self, text: str) -> None:
         try:
