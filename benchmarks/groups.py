@@ -2,7 +2,7 @@
 
     python -m benchmarks.groups [--quick] [--runs N] [--size MiB]
 
-Eight victims on a quiet machine; the same at nice 19 beside two spinners on each CPU; a
+Eight victims on a quiet machine; four at nice 19 beside two spinners on each CPU; a
 thousand small ones; and what a process costs in crowds of ten to three thousand. All
 ways are run in turn; ratios are to cgroup.kill. Needs root and a cgroup v2.
 """
@@ -26,7 +26,7 @@ from .report import Report, Table, Target
 
 QUIET, STARVED = 1.2, 5  # of the better of theirs at most; times sooner at least
 FLAT = 1.2  # the cost of a process in the largest crowd to that in the smallest
-VICTIMS = 8
+VICTIMS, STARVED_VICTIMS = 8, 4
 CGROUP_KILL, LOOP = "cgroup.kill", "C program"
 KILL_CGROUP, KILL_ALL = "kill_cgroup", "kill_all"
 Kill = Callable[[], float | None]
@@ -89,13 +89,16 @@ def run(options: Options) -> Report:
     runs = options.repeats(7, 1)
     with lab.memory() as memory:
         quiet = Table(f"{VICTIMS} of {size} MiB", "ms", ["back", "exit"], scale=1000)
-        starved = Table(f"{quiet.title} at nice 19", "ms", ["back", "exit"], scale=1000)
+        large = options.size or 256
+        title = f"{STARVED_VICTIMS} of {large} MiB at nice 19"
+        starved = Table(title, "ms", ["back", "exit"], scale=1000)
         for _ in range(runs):
             for name in WAYS:
-                add(quiet, name, kill_large(name, memory, size, nice=0))
-        for _ in range(options.repeats(3, 1)):
+                add(quiet, name, kill_large(name, memory, VICTIMS, size))
+        for _ in range(options.repeats(5, 3)):
             for name in WAYS:
-                add(starved, name, kill_large(name, memory, size, nice=19))
+                seen = kill_large(name, memory, STARVED_VICTIMS, large, nice=19)
+                add(starved, name, seen)
         crowds = options.choose([10, 100, 1000, 3000], [10, 100])
         many = options.choose(1000, 100)
         small = Table(f"{many} small ones", "ms", ["exit"], scale=1000)
@@ -131,13 +134,15 @@ def add(table: Table, name: str, seen: lab.Seen) -> None:
     table.add(name, seen.back, seen.exit, limit=lab.LIMIT)
 
 
-def kill_large(name: str, memory: lab.Memory, mib: int, nice: int) -> lab.Seen:
-    """Eight victims, killed one way."""
+def kill_large(
+    name: str, memory: lab.Memory, number: int, mib: int, nice: int = 0
+) -> lab.Seen:
+    """Some victims, killed one way."""
     with ExitStack() as stack:
         cgroup = stack.enter_context(cgroups.cgroup())
         before = memory.held()
         pids = []
-        for _ in range(VICTIMS):
+        for _ in range(number):
             victim = lab.victim(mib, join=[cgroup, *memory.join])
             pids.append(stack.enter_context(victim).pid)
         kill = stack.enter_context(WAYS[name](cgroup, pids))
