@@ -75,7 +75,7 @@ def measure(
     if privileged:
         names[HARDENED] = by_hardened
     size = options.size or 256
-    limit = options.choose(30.0, 8.0)
+    limit = options.choose(30.0, 16.0)
     for _ in range(options.repeats(5, 1)):
         for name, way in names.items():
             seen = kill_one(way, memory, size, policy, uid, limit)
