@@ -77,7 +77,9 @@ class ReleasePlugin(NannyPlugin):  # type: ignore[misc, unused-ignore]
     by Dask's own. ``client.unregister_worker_plugin("mrelease", nanny=True)`` leaves
     all as it was.
 
-    Linux 5.15 for the release, 5.3 for the kill; on older ones it is Dask's.
+    Raises TypeError and ValueError as mrelease.kill() for timeout and settle. Linux
+    5.15 for the release, 5.3 for the kill; on older ones it is Dask's. Not thread-safe:
+    Dask calls it in the nanny's loop.
     """
 
     name = TOPIC
