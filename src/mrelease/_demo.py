@@ -97,14 +97,13 @@ METHODS = {"SIGKILL alone": by_sigkill, "mrelease.kill": by_mrelease}
 def compare(
     size: int,
     runs: int,
-    limit: float = _CUT_OFF,
     display: Callable[[str], Callable[[Run], object]] = lambda name: id,
 ) -> dict[str, list[Run]]:
     """Measure every method in turn, runs times; display(name) shows one run."""
     seen: dict[str, list[Run]] = {name: [] for name in METHODS}
     for _ in range(runs):
         for name, method in METHODS.items():
-            seen[name].append(measure(size, method, display(name), limit))
+            seen[name].append(measure(size, method, display(name)))
     return seen
 
 
@@ -112,7 +111,6 @@ def measure(
     size: int,
     method: Callable[[Pidfd], None],
     show: Callable[[Run], object],
-    limit: float,
 ) -> Run:
     """Kill a starved victim of its own and watch its memory come back.
 
@@ -132,7 +130,7 @@ def measure(
             thread = Thread(target=_kill, args=(method, Pidfd.open(pidfd), failed))
             run = Run(size)
             thread.start()
-            while run.exit is None and run.elapsed < limit and not failed:
+            while run.exit is None and run.elapsed < _CUT_OFF and not failed:
                 run.look(pidfd.exited, _anonymous_pages() - before)
                 show(run)
                 # Often at first, to see milliseconds, then seldom.
@@ -265,22 +263,22 @@ class _Display:
         return f"{self.name:<14} {run.elapsed:8.3f} s  {state:<14}"
 
 
-def table(seen: dict[str, list[Run]], limit: float = _CUT_OFF) -> str:
+def table(seen: dict[str, list[Run]]) -> str:
     """Seconds until 95 % is back and until exit, and how many times sooner the last."""
     lines = [f"{'seconds until':<14} {'95 % back':>22} {'exit':>22}"]
     for name, runs in seen.items():
-        back = _spread([run.back for run in runs], limit)
-        exit_ = _spread([run.exit for run in runs], limit)
+        back = _spread([run.back for run in runs], _CUT_OFF)
+        exit_ = _spread([run.exit for run in runs], _CUT_OFF)
         lines.append(f"{name:<14} {back:>22} {exit_:>22}")
     first, *_, last = seen.values()
-    back = _ratio([run.back for run in first], [run.back for run in last], limit)
-    exit_ = _ratio([run.exit for run in first], [run.exit for run in last], limit)
+    back = _ratio([run.back for run in first], [run.back for run in last], _CUT_OFF)
+    exit_ = _ratio([run.exit for run in first], [run.exit for run in last], _CUT_OFF)
     lines.append(f"{'times sooner':<14} {back:>22} {exit_:>22}")
     for name, runs in seen.items():
         held = [run.held for run in runs if run.exit is None]
         if held:
             lines.append(
-                f"{name}: cut off after {limit:.0f} s in {len(held)} of {len(runs)} "
+                f"{name}: cut off after {_CUT_OFF:.0f} s in {len(held)} of {len(runs)} "
                 f"runs, {max(held) / _MIB:.0f} MiB still held"
             )
     return "\n".join(lines)
