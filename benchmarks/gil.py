@@ -17,9 +17,10 @@ from contextlib import AbstractContextManager, contextmanager
 from time import monotonic, sleep
 
 import mrelease
+import victims
 
 from . import lab
-from .lab import MissingError, Options
+from .lab import Options
 from .report import Report, Table, Target
 
 PROGRESS = 0.95  # of that beside the C program, at least
@@ -28,8 +29,7 @@ Way = Callable[[int], AbstractContextManager[Callable[[], object]]]
 
 
 def run(options: Options) -> Report:
-    if len(os.sched_getaffinity(0)) < 2:
-        raise MissingError("two CPUs")
+    lab.need(victims.why_not_two_cpus())
     size = options.size or options.choose(2048, 512)
     report = Report(
         "gil",

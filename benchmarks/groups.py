@@ -167,12 +167,10 @@ def kill_crowd(name: str, memory: lab.Memory, number: int) -> float | None:
 
 def check() -> None:
     """Raise for what this machine lacks."""
-    if os.geteuid() != 0:
-        raise MissingError("root")
+    lab.need(victims.why_not_root())
     if not mrelease.is_supported():
         raise MissingError("process_mrelease(2): mrelease doctor says why")
-    if lack := cgroups.why_no_cgroup2():
-        raise MissingError(lack.removeprefix("needs "))
+    lab.need(cgroups.why_no_cgroup2())
     with cgroups.cgroup() as cgroup:
         if not (cgroup / "cgroup.kill").exists():
             raise MissingError("cgroup.kill of Linux 5.14")

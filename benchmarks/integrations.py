@@ -376,6 +376,7 @@ def end_tree(pid: int) -> None:
 
 
 def wait_for(done: Callable[[], bool], what: str) -> None:
+    # lab's own is not imported: the workers import this, and are to hold little else.
     end = time.monotonic() + READY
     while not done():
         if time.monotonic() > end:

@@ -34,6 +34,20 @@ class MissingError(Exception):
     """What this machine lacks for a benchmark."""
 
 
+def need(lack: str | None) -> None:
+    """Raise for what one of the tests' looks says that this machine lacks."""
+    if lack:
+        raise MissingError(lack.removeprefix("needs "))
+
+
+def wait_for(done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + LIMIT
+    while not done():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {LIMIT:.0f} s for {what}")
+        time.sleep(0.01)
+
+
 @dataclass
 class Options:
     """What was asked for; None where a benchmark knows best."""

@@ -21,7 +21,7 @@ import victims
 from mrelease import _sched
 
 from . import lab, ways
-from .lab import MissingError, Options
+from .lab import Options
 from .report import Report, Series, Table, Target
 
 IN_TIME = 99  # % at least
@@ -31,8 +31,7 @@ Kill = Callable[[lab.Process], bool]
 
 
 def run(options: Options) -> Report:
-    if len(os.sched_getaffinity(0)) < 2:
-        raise MissingError("two CPUs")
+    lab.need(victims.why_not_two_cpus())
     report = Report(
         "race",
         "releases in time for a sleeping victim",

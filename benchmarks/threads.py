@@ -15,16 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from signal import SIGKILL
 from threading import Barrier
-from time import monotonic, sleep
+from time import monotonic
 
 import mrelease
 import victims
 
 from . import lab
-from .lab import MissingError, Options
+from .lab import Options
 from .report import Report, Table, Target
 
 GAIN = 1.6  # times sooner with two workers, at least
@@ -32,8 +31,7 @@ WORKERS = (1, 2, 3)
 
 
 def run(options: Options) -> Report:
-    if len(os.sched_getaffinity(0)) < 2:
-        raise MissingError("two CPUs")
+    lab.need(victims.why_not_two_cpus())
     size = options.size or options.choose(4096, 256)
     report = Report(
         "threads",
@@ -127,7 +125,7 @@ def frozen(mib: int) -> Iterator[int]:
         state = cgroup / "freezer.state"
         state.write_text("FROZEN")
         try:
-            wait_for(state, "FROZEN")
+            lab.wait_for(lambda: state.read_text() == "FROZEN\n", "the frost")
             yield victim.pid
         finally:
             state.write_text("THAWED")
@@ -145,14 +143,6 @@ def starved(mib: int) -> Iterator[int]:
             yield victim.pid
         finally:
             os.setpriority(os.PRIO_PROCESS, 0, before)
-
-
-def wait_for(file: Path, word: str) -> None:
-    end = monotonic() + lab.LIMIT
-    while file.read_text().strip() != word:
-        if monotonic() > end:
-            raise TimeoutError(f"{file} is not {word}")
-        sleep(0.001)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
-#ifndef SYS_process_mrelease
-#define SYS_process_mrelease 448
-#endif
-enum { most = 4096 };
-
-static double
-now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+#include "peer.h"
 
 int
 main(int argc, char **argv)
@@ -35,10 +21,7 @@ main(int argc, char **argv)
     static int pidfds[most], answers[most];
     static double sent[most], returned[most];
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
+    allow_descriptors();
     const int count = argc - 2;
     if (count < 1 || count > most) {
         return 2;

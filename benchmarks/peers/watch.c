@@ -13,20 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { most = 4096 };
-
-static double
-now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+#include "peer.h"
 
 static long long
 held(int file, long long before)
@@ -47,10 +36,7 @@ main(int argc, char **argv)
 {
     static struct pollfd left[most];
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
+    allow_descriptors();
     int count = argc - 5;
     if (count < 1 || count > most) {
         return 2;
