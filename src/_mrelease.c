@@ -128,6 +128,23 @@ call(long number, long arg1, long arg2, long arg3, long arg4)
     return result;
 }
 
+/* As call(), with the GIL held, for a call that never sleeps: among busy
+   threads it takes milliseconds to get the GIL back. */
+static long
+call_at_once(long number, long arg1, long arg2, long arg3, long arg4)
+{
+    long result;
+
+    do {
+        result = syscall(number, arg1, arg2, arg3, arg4);
+        if (result < 0 && errno != EINTR) {
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+    } while (result < 0 && PyErr_CheckSignals() == 0);
+    return result;
+}
+
 // ==== pidfd_open(2) ========================================================
 
 PyDoc_STRVAR(mrelease_pidfd_open_doc,
@@ -198,7 +215,7 @@ mrelease_pidfd_send_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
         return NULL;
     }
     // The third argument is a siginfo_t pointer: none.
-    if (call(__NR_pidfd_send_signal, pidfd, signal, 0, flags) < 0) {
+    if (call_at_once(__NR_pidfd_send_signal, pidfd, signal, 0, flags) < 0) {
         return NULL;
     }
     Py_RETURN_NONE;
@@ -258,6 +275,21 @@ PyDoc_STRVAR(mrelease_kill_and_release_doc,
 "nothing was released.  An exception from a signal handler passes through\n"
 "as well.  Linux 5.15 for the release.  Thread-safe.");
 
+/* Send SIGKILL, unless *sent says that it was, then release.  Needs no GIL.
+   Return 0, or the errno: of the signal while *sent is 0, of the release when
+   it is 1. */
+static int
+kill_and_release(long pidfd, int *sent)
+{
+    if (!*sent) {
+        if (syscall(__NR_pidfd_send_signal, pidfd, SIGKILL, NULL, 0) < 0) {
+            return errno;
+        }
+        *sent = 1;
+    }
+    return syscall(__NR_process_mrelease, pidfd, 0) < 0 ? errno : 0;
+}
+
 static PyObject *
 mrelease_kill_and_release(PyObject *Py_UNUSED(module), PyObject *arg)
 {
@@ -270,14 +302,7 @@ mrelease_kill_and_release(PyObject *Py_UNUSED(module), PyObject *arg)
     }
     do {
         Py_BEGIN_ALLOW_THREADS
-        error = 0;
-        if (!sent) {
-            sent =
-                syscall(__NR_pidfd_send_signal, pidfd, SIGKILL, NULL, 0) == 0;
-        }
-        if (!sent || syscall(__NR_process_mrelease, pidfd, 0) < 0) {
-            error = errno;
-        }
+        error = kill_and_release(pidfd, &sent);
         Py_END_ALLOW_THREADS
         // PEP 475; a signal that was sent is not sent again.
         if (error == EINTR && PyErr_CheckSignals() < 0) {
@@ -289,6 +314,58 @@ mrelease_kill_and_release(PyObject *Py_UNUSED(module), PyObject *arg)
         return PyErr_SetFromErrno(PyExc_OSError);
     }
     return PyLong_FromLong(error);
+}
+
+PyDoc_STRVAR(mrelease_kill_and_release_next_doc,
+"kill_and_release_next($module, pipe, /)\n"
+"--\n"
+"\n"
+"Wait for a pidfd to come through a pipe, then kill_and_release() it.\n"
+"\n"
+"A thread that waits here kills as soon as it is told to, however busy\n"
+"other threads keep the GIL: it is taken back when all is done.  A request\n"
+"is an int in the machine's own format; a negative one, or the pipe's end,\n"
+"only wakes up.\n"
+"\n"
+"Returns (pidfd, sent, errno): whether SIGKILL was sent, and the errno of\n"
+"the release, or that of the signal if it was not; pidfd is negative if\n"
+"nothing was asked for.  Raises OSError if the pipe cannot be read.  Linux\n"
+"5.15 for the release.  Thread-safe.");
+
+static PyObject *
+mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    long pipe;
+    int pidfd = -1;
+    int sent = 0;
+    int error;
+    ssize_t length;
+
+    if (convert_int(arg, "pipe", &pipe) < 0) {
+        return NULL;
+    }
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        error = 0;
+        length = read((int)pipe, &pidfd, sizeof pidfd);
+        if (length < 0) {
+            error = errno;
+        }
+        else if (length == sizeof pidfd && pidfd >= 0) {
+            do {
+                error = kill_and_release(pidfd, &sent);
+            } while (error == EINTR);
+        }
+        Py_END_ALLOW_THREADS
+        if (length < 0 && error == EINTR && PyErr_CheckSignals() < 0) {
+            return NULL;
+        }
+    } while (length < 0 && error == EINTR);
+    if (length < 0) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    return Py_BuildValue("iii", pidfd, sent, error);
 }
 
 // ==== The caller: getcpu(3), mlockall(2) ===================================
@@ -348,6 +425,8 @@ static PyMethodDef methods[] = {
      mrelease_process_mrelease_doc},
     {"kill_and_release", mrelease_kill_and_release, METH_O,
      mrelease_kill_and_release_doc},
+    {"kill_and_release_next", mrelease_kill_and_release_next, METH_O,
+     mrelease_kill_and_release_next_doc},
     {"getcpu", mrelease_getcpu, METH_NOARGS, mrelease_getcpu_doc},
     {"mlockall", mrelease_mlockall, METH_O, mrelease_mlockall_doc},
     {NULL, NULL, 0, NULL},

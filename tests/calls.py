@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mrelease import _mrelease, pidfd_open
+from mrelease._mrelease import kill_and_release_next
 
 TESTS = Path(__file__).parent
 
@@ -38,6 +40,17 @@ def opened(pid: int, flags: int = 0) -> Iterator[int]:
         yield pidfd
     finally:
         os.close(pidfd)
+
+
+def killed_next(pidfd: int) -> tuple[int, int, int]:
+    """kill_and_release_next(), with this one in the pipe."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, struct.pack("=i", pidfd))
+        return kill_and_release_next(reader)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def run_python(

@@ -16,7 +16,7 @@ import pytest
 
 import cgroups
 import victims
-from mrelease import process_mrelease
+from mrelease import _proc, process_mrelease
 
 
 def _why_no(command: str) -> Callable[[], str | None]:
@@ -158,6 +158,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             figures[name] = figures.get(name, 0) + value
     for name, total in figures.items():
         terminalreporter.write_line(f"@@ figure {name} {total}")
+
+
+@pytest.fixture(params=[True, False], ids=["idle", "busy"])
+def idle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to kill many: as if there were idle CPUs, and as if there were none."""
+    found: bool = request.param
+    monkeypatch.setattr(_proc, "has_idle_cpu", lambda pids: found)
+    return found
 
 
 @pytest.fixture

@@ -274,6 +274,9 @@ def calls(world: World) -> dict[str, Call]:
             ),
         ),
         "kill_and_release": Call(_mrelease.kill_and_release, (anything(descriptors),)),
+        "kill_and_release_next": Call(
+            _mrelease.kill_and_release_next, (anything(no_pid),)
+        ),
         "getcpu": Call(_mrelease.getcpu, share=0.05),
         "mlockall": Call(_mrelease.mlockall, (anything(every_int),)),
         # One process

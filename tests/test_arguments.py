@@ -14,6 +14,7 @@ COUNTS = {
     "pidfd_send_signal": (2, 3),
     "process_mrelease": (1, 2),
     "kill_and_release": (1, 1),
+    "kill_and_release_next": (1, 1),
     "getcpu": (0, 0),
     "mlockall": (1, 1),
 }
@@ -59,7 +60,7 @@ def test_what_is_no_int_is_a_type_error(value: object) -> None:
 def test_an_int_that_does_not_fit_is_an_overflow_error_that_names_it(
     value: int,
 ) -> None:
-    names = ("pid", "pidfd", "signal", "flags")
+    names = ("pid", "pidfd", "pipe", "signal", "flags")
     for name, arguments in every_argument(value):
         with pytest.raises(
             OverflowError, match=rf"({'|'.join(names)}) must be between"

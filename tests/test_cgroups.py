@@ -422,6 +422,7 @@ def test_an_empty_cgroup_has_no_results(kind: Kind) -> None:
         assert kill_cgroup(path) == []
 
 
+@pytest.mark.usefixtures("idle")
 @both
 def test_a_whole_subtree_is_killed_and_what_is_beside_it_lives(kind: Kind) -> None:
     with cgroup(kind) as top, members(top) as above:
@@ -438,6 +439,7 @@ def test_a_whole_subtree_is_killed_and_what_is_beside_it_lives(kind: Kind) -> No
             assert (cgroups.pids(top), cgroups.pids(beside)) == (above, others)
 
 
+@pytest.mark.usefixtures("idle")
 @both
 def test_every_option_of_kill_is_taken(kind: Kind) -> None:
     with cgroup(kind) as path, members(path, 2, mib=16) as pids:
@@ -464,6 +466,7 @@ def test_it_is_found_by_every_name(
                 assert killed(kill_cgroup(name, wait=True, timeout=None)) == pids
 
 
+@pytest.mark.usefixtures("idle")
 @both
 @needs_release
 def test_whoever_cannot_exit_is_released(kind: Kind) -> None:
@@ -485,6 +488,7 @@ def test_whoever_cannot_exit_is_released(kind: Kind) -> None:
         assert goes.exited()
 
 
+@pytest.mark.usefixtures("idle")
 @both
 def test_stopped_members_are_killed(kind: Kind) -> None:
     with cgroup(kind) as path, victims.victim() as victim:
@@ -510,6 +514,7 @@ def test_only_zombies_are_nobody(kind: Kind) -> None:
         assert kill_cgroup(path) == []
 
 
+@pytest.mark.usefixtures("idle")
 @needs_v2
 def test_frozen_processes_are_killed() -> None:
     with cgroup("v2") as path, members(path, 2) as pids:
@@ -528,6 +533,7 @@ def freeze(path: Path) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.usefixtures("idle")
 @needs_release
 @pytest.mark.needs("freezer")
 def test_what_a_v1_freezer_holds_is_released_and_does_not_hold_up_the_caller() -> None:
@@ -590,6 +596,7 @@ def test_a_fork_bomb_is_killed_by_cgroup_kill() -> None:
         assert len(exited(results)) >= BOMB // 2
 
 
+@pytest.mark.usefixtures("idle")
 @both
 def test_one_that_forks_all_the_time_is_killed(kind: Kind) -> None:
     program = """
@@ -685,6 +692,7 @@ while True:
 # ---- kill_cgroup: many, and few descriptors
 
 
+@pytest.mark.usefixtures("idle")
 @needs_v2
 @pytest.mark.timeout(180)
 def test_3000_processes_are_killed_with_256_descriptors() -> None:

@@ -21,6 +21,7 @@ from mrelease import KillResult, Pidfd, kill_all
 from victims import NOBODY, apart
 
 needs_release = pytest.mark.needs("release")
+pytestmark = pytest.mark.usefixtures("idle")
 MIB = 1 << 20
 
 

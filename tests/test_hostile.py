@@ -9,6 +9,7 @@ import itertools
 import os
 import resource
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -96,6 +97,9 @@ def starved(function: Callable[[int], Any], pid: int, start: int) -> Callable[[]
 
 
 ENOUGH = "enough"
+# Until 3.14 the interpreter needs memory to leave a with block by an exception, and a
+# debug build ends by an assertion of its own if it has none (gh-134163).
+ABORTS = hasattr(sys, "gettotalrefcount") and sys.version_info < (3, 14)
 # From one that fails to the next, in the default run and in the long one: kill_tree()
 # looks at every process, which takes thousands.
 STRIDES = {"kill_tree": (4000, 5)}
@@ -118,6 +122,8 @@ def test_whatever_allocation_fails(
             outcome = faults.called(starved(function, checked.victim.pid, start))
             if outcome.value == ENOUGH:
                 break
+            if outcome.status == -signal.SIGABRT and ABORTS:
+                continue
             checked.check(outcome, midway=name in MIDWAY)
             record_property("allocations", 1)
 

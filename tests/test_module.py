@@ -88,12 +88,13 @@ SIGNATURES = {
     "pidfd_send_signal": "(pidfd, signal, flags=0, /)",
     "process_mrelease": "(pidfd, flags=0, /)",
     "kill_and_release": "(pidfd, /)",
+    "kill_and_release_next": "(pipe, /)",
     "getcpu": "()",
     "mlockall": "(flags, /)",
 }
 
 
-def test_the_c_functions_are_those_of_the_design_with_signatures() -> None:
+def test_the_c_functions_have_these_signatures() -> None:
     functions = dict(inspect.getmembers(_mrelease, inspect.isbuiltin))
     assert {
         name: str(inspect.signature(function)) for name, function in functions.items()

@@ -78,14 +78,31 @@ def test_an_asyncio_process_is_opened() -> None:
     asyncio.run(run())
 
 
-def test_a_second_pidfd_is_independent_of_the_first() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_pidfds_share_a_descriptor_until_both_are_closed(first: int) -> None:
+    one = Pidfd.open(os.getpid())
+    both = [one, Pidfd.open(one)]
+    fd = one.fileno()
+    assert both[1].fileno() == fd
+    assert not os.get_inheritable(fd)
+    both.pop(first).close()
+    (left,) = both
+    assert left.pid == os.getpid()
+    assert not left.exited
+    left.close()
+    left.close()
+    assert errno_of(os.fstat, fd) == errno.EBADF
+
+
+def test_one_that_refuses_to_share_leaves_the_first_open() -> None:
     with Pidfd.open(os.getpid()) as first:
-        second = Pidfd.open(first)
-        assert second.fileno() != first.fileno()
-        assert not os.get_inheritable(second.fileno())
-    assert second.pid == os.getpid()
-    assert not second.exited
-    second.close()
+        with pytest.raises(ProcessLookupError, match="not the one meant"):
+            Pidfd.open(first, verify=lambda _: False)
+        with Pidfd.open(first, verify=lambda _: True) as second:
+            first.close()
+            assert not second.exited
+        with pytest.raises(ValueError, match="closed"):
+            Pidfd.open(first)
 
 
 def test_whoever_has_been_reaped_is_refused_though_the_pid_lives() -> None:
@@ -186,7 +203,7 @@ def test_without_descriptors_it_is_emfile() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             assert errno_of(Pidfd.open, victim.pid) == errno.EMFILE
-            assert errno_of(Pidfd.open, pidfd) == errno.EMFILE
+            Pidfd.open(pidfd).close()  # needs none
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -131,7 +131,13 @@ def reported(program: str, *under: str) -> Any:
     # Ignored: the warning of a fork beside threads, which is what is tested.
     options = ("-W", "ignore::DeprecationWarning")
     result = run_python(PRELUDE + program, under=under, options=options)
-    assert (result.returncode, result.stderr) == (0, "")
+    said = [
+        line
+        for line in result.stderr.splitlines()
+        # Of its own delays, when the kernel tells it of two things at once.
+        if not line.startswith("strace: dispatch_event: ")
+    ]
+    assert (result.returncode, said) == (0, [])
     return json.loads(result.stdout)
 
 
@@ -219,7 +225,7 @@ from mrelease import _proc
 result = Reaper(1).kill({victim.pid}, timeout=0).result(LIMIT)
 report(result.signal, result.attempts, _proc.dying({victim.pid}))
 """
-        call = "sched_setaffinity"
+        call = "pidfd_send_signal"
         inject = f"inject={call}:delay_enter=300000:when=1"
         strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
         sent, attempts, dying = reported(program, *strace)
@@ -669,16 +675,16 @@ def test_of_a_crowd_cancelled_at_random_nobody_lives_and_nothing_leaks() -> None
 @pytest.mark.needs("seccomp", "release")
 def test_an_error_reaches_its_own_future_alone() -> None:
     # A filter that refuses SIGKILL through one descriptor; the threads inherit it. The
-    # Reaper's own takes the lowest number that is free, each kill the next, as nothing
-    # is read in /proc without boost.
+    # Reaper's own three take the lowest numbers that are free, each kill the next, as
+    # nothing is read in /proc without boost.
     program = """
 from pyseccomp import ALLOW, EQ, ERRNO, Arg, SyscallFilter
 with victims.exit_stopped() as refused, victims.exit_stopped() as killed:
-    free = [os.dup(0), os.dup(0), os.dup(0)]
+    free = [os.dup(0) for _ in range(5)]
     for fd in free:
         os.close(fd)
     filter = SyscallFilter(ALLOW)
-    rule = Arg(0, EQ, free[2]), Arg(1, EQ, signal.SIGKILL)
+    rule = Arg(0, EQ, free[4]), Arg(1, EQ, signal.SIGKILL)
     filter.add_rule(ERRNO(1), "pidfd_send_signal", *rule)
     filter.load()
     reaper = Reaper(1)
@@ -688,7 +694,7 @@ with victims.exit_stopped() as refused, victims.exit_stopped() as killed:
     except PermissionError as raised:  # the worker was busy: it was for the caller
         error = raised
     left = pidfds(refused.pid)
-    os.dup2(0, free[2])
+    os.dup2(0, free[4])
     after = reaper.kill(killed.pid).result(LIMIT).outcome
     killed.wait_exit_stop()
     killed.resume()
@@ -783,7 +789,8 @@ with ExitStack() as stack:
 
 
 @pytest.mark.needs("strace", "release")
-def test_an_interrupted_call_of_kill_spoils_nothing() -> None:
+@pytest.mark.parametrize("write", [1, 2])
+def test_an_interrupted_call_of_kill_spoils_nothing(write: int) -> None:
     with victims.exit_stopped() as first, victims.exit_stopped() as second:
         program = f"""
 class Interrupt(BaseException):
@@ -812,9 +819,10 @@ closed = until(lambda: not pidfds({first.pid}) + pidfds({second.pid}))
 reaper.close()
 report(interrupted, outcome, closed)
 """
-        # With the write that wakes the watcher comes a signal, whose handler raises.
+        # With a write comes a signal, whose handler raises: with the one that hands the
+        # kill to a worker, and with the one that wakes the watcher.
         strace = ("strace", "-f", "-qq", "-o/dev/null", "-etrace=write")
-        inject = ("-e", "inject=write:signal=SIGUSR1:when=1")
+        inject = ("-e", f"inject=write:signal=SIGUSR1:when={write}")
         assert reported(program, *strace, *inject) == [True, "released", True]
 
 
@@ -1134,17 +1142,12 @@ def _until_exit(victim: victims.Victim) -> None:
 
 
 @pytest.mark.needs("strace")
-@pytest.mark.parametrize("boost", [True, False])
-def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it(
-    boost: bool,
-) -> None:
+def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it() -> None:
     with victims.victim(1) as victim:
-        program = (
-            f"from mrelease import Reaper; Reaper(1).kill({victim.pid}, boost={boost})"
-        )
+        program = f"from mrelease import Reaper; Reaper(1).kill({victim.pid})"
         # The first signal of the main thread is signal 0, that of the worker SIGKILL,
         # which the exit overtakes.
-        call = "sched_setaffinity" if boost else "pidfd_send_signal"
+        call = "pidfd_send_signal"
         inject = f"inject={call}:delay_enter=500000:when=1"
         strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
         result = run_python(program, under=strace)

@@ -213,10 +213,11 @@ def torture(mode: str, version: Literal["v2", "v1"], number: int = RECYCLED) -> 
 
 
 REUSED = """
-import os, signal, subprocess
+import os, subprocess
+from pathlib import Path
 from mrelease import _groups, kill_tree
 
-open("/proc/sys/kernel/pid_max", "w").write("400")
+Path("/proc/sys/kernel/pid_max").write_text("400")
 while True:
     root = subprocess.Popen(["sleep", "100"])
     if root.pid > 300:  # those up to that are given once only
@@ -256,7 +257,8 @@ _groups._check_tree = late
 print([result.outcome for result in kill_tree(root.pid, timeout=1)])
 end.close()
 report.close()
-print("status", int(answer.read()))
+with answer, wait_for_the_end:
+    print("status", int(answer.read()))
 os.wait()
 """
 

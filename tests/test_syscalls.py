@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 import threading
 
 import pytest
 
 import victims
-from calls import errno_of, opened
+from calls import errno_of, killed_next, opened, run_python
 from mrelease import (
     PIDFD_NONBLOCK,
     PIDFD_THREAD,
@@ -20,6 +21,7 @@ from mrelease import (
     pidfd_send_signal,
     process_mrelease,
 )
+from mrelease._mrelease import kill_and_release_next
 
 needs_release = pytest.mark.needs("release")
 
@@ -299,6 +301,62 @@ def test_mlockall_locks_what_is_there() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# ---- The next one from a pipe
+
+
+@needs_release
+def test_a_thread_that_waits_kills_and_releases_what_comes_through_the_pipe() -> None:
+    reader, writer = os.pipe()
+    with (
+        victims.exit_stopped(8) as one,
+        victims.exit_stopped(8) as two,
+        opened(one.pid) as first,
+        opened(two.pid) as second,
+    ):
+        found: list[tuple[int, int, int]] = []
+        thread = threading.Thread(
+            target=lambda: found.extend(kill_and_release_next(reader) for _ in "123")
+        )
+        thread.start()
+        for order in (first, -1, second):
+            os.write(writer, struct.pack("=i", order))
+        thread.join()
+        assert found == [(first, 1, 0), (-1, 0, 0), (second, 1, 0)]
+        assert one.anon() == two.anon() == 0
+    os.close(writer)
+    assert kill_and_release_next(reader) == (-1, 0, 0)  # the end of the pipe
+    os.close(reader)
+    assert errno_of(kill_and_release_next, reader) == errno.EBADF
+
+
+def test_one_from_the_pipe_that_cannot_be_killed_gives_the_errno() -> None:
+    with opened(os.getpid()) as pidfd:
+        pass
+    assert killed_next(pidfd) == (pidfd, 0, errno.EBADF)
+
+
+def test_waiting_for_the_pipe_a_signals_handler_is_run_and_may_raise() -> None:
+    program = """
+import os, signal
+from mrelease import _mrelease
+
+def handler(*_):
+    seen.append(1)
+    if len(seen) == 3:
+        raise LookupError("raised by the handler")
+
+seen = []
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+try:
+    _mrelease.kill_and_release_next(os.pipe()[0])
+except LookupError as error:
+    print(error, len(seen))
+"""
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("raised by the handler 3\n", "")
 
 
 # ---- The GIL

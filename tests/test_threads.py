@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import pytest
 
 import victims
-from calls import C_FUNCTIONS, opened, run_python
+from calls import C_FUNCTIONS, killed_next, opened, run_python
 from mrelease import KillResult, Pidfd, Reaper, _mrelease, kill_all, kill_tree
 from mrelease._mrelease import (
     getcpu,
     kill_and_release,
+    kill_and_release_next,
     mlockall,
     pidfd_open,
     pidfd_send_signal,
@@ -73,6 +74,13 @@ def ways(pidfd: int) -> dict[str, list[Way]]:
             (lambda: kill_and_release(pidfd), 0),
             (lambda: kill_and_release(unused), errno.EBADF),
             (lambda: kill_and_release(wrong), TypeError),
+        ],
+        "kill_and_release_next": [
+            (lambda: killed_next(pidfd), (pidfd, 1, 0)),
+            (lambda: killed_next(unused), (unused, 0, errno.EBADF)),
+            (lambda: killed_next(-1), (-1, 0, 0)),
+            (lambda: kill_and_release_next(unused), errno.EBADF),
+            (lambda: kill_and_release_next(wrong), TypeError),
         ],
         "mlockall": [
             (lambda: mlockall(0), errno.EINVAL),

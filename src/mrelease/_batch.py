@@ -6,11 +6,11 @@ import os
 from contextlib import suppress
 from errno import EINVAL
 from functools import partial
-from time import monotonic
+from time import monotonic, sleep
 
 from . import _proc
-from ._kill import SIGKILL, KillResult, Options, Sequence, check_victim, finish
-from ._pidfd import Pidfd, pid_of
+from ._kill import KillResult, Options, Sequence, check_victim, finish
+from ._pidfd import Pidfd, pid_of, poll_exited
 from ._proc import NO_DESCRIPTOR
 
 TYPE_CHECKING = False
@@ -25,17 +25,22 @@ if TYPE_CHECKING:
 
 _MOST = 1024
 _PATIENCE = 0.05  # seconds that the next kills may wait for room
+CROWD = 64  # of so many each has a small part of the memory
+# Seconds in which some of a crowd exit where nothing is starved; what is left then.
+_MOMENT = 0.005
+_SLOW = 15 / 16
 
 
 def kill_all(
     targets: Iterable[Target], **options: Unpack[KillOptions]
 ) -> list[KillResult | OSError]:
-    """Kill processes and free their memory: the largest first, one after the other.
+    """Kill processes and free their memory, the largest first.
 
-    Starved processes come back sooner so than all killed at once. The options are
-    kill()'s; the waiting, up to timeout seconds from a process's SIGKILL, is for all
-    of them together, after the last kill. Targets beyond a quarter of RLIMIT_NOFILE
-    come after those before them, whatever their size.
+    Each is released before the next is killed, as starved processes come back sooner
+    so; where each of them could have a CPU that is idle, all are killed at once, and
+    then released. The options are kill()'s; the waiting, up to timeout seconds from a
+    process's SIGKILL, is for all of them together, after the last kill. Targets beyond
+    a quarter of RLIMIT_NOFILE come after those before them, whatever their size.
 
     Returns one result a target, in order. One that cannot be opened or killed gives
     its exception, and the rest are still killed; what kill() refuses with ValueError
@@ -87,15 +92,14 @@ class Batch:
         self._conclude(self._running)
         return opener(*args, **kwargs)
 
-    def add(
-        self, pidfd: Pidfd, *, own: bool = True, signal: int | None = None
-    ) -> Sequence:
-        """Have a process killed by the next flush().
+    def add(self, pidfd: Pidfd, *, own: bool = True, killed: bool = False) -> Sequence:
+        """Have a process killed and released by the next flush().
 
-        own: close the Pidfd after it. signal: what it has been sent already.
+        own: close the Pidfd after it. killed: it has been sent SIGKILL already.
         """
         sequence = Sequence(pidfd, self.options)
-        sequence.signal = signal
+        if killed:
+            sequence.was_killed()
         self.begun.append(sequence)
         self._queued.append(sequence)
         if own:
@@ -105,27 +109,21 @@ class Batch:
         return sequence
 
     def flush(self) -> None:
-        """Kill what was added: the largest first, each released before the next."""
+        """Kill and release what was added, the largest first."""
         queued, self._queued = self._queued, []
-        for sequence in queued:
-            if sequence.signal == SIGKILL:
-                sequence.weigh()
-                self._try(sequence, sequence.help_out)
-        to_kill = [s for s in queued if s.to_kill]
-        sizes = {
-            s: s.weigh()
-            for s in to_kill
-            if self._try(s, partial(check_victim, s.pidfd))
-        }
-        # A stuck one might block its release; and it loses no race by waiting for it.
-        stuck = {s for s in sizes if _proc.stuck(s.pidfd.pid)}
-        for sequence in stuck:
-            self._try(sequence, sequence.send)
-        for sequence in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            if sequence in stuck or not self._try(sequence, sequence.kill):
-                continue
-            if not sequence.pending:
-                self._report(sequence)  # at once, for the time it took
+        for sequence in [s for s in queued if not s.to_kill]:
+            self._try(sequence, sequence.help_out)
+        to_kill = [
+            s
+            for s in queued
+            if s.to_kill and self._try(s, partial(check_victim, s.pidfd))
+        ]
+        # Where nothing is starved, they free their memory themselves, side by side.
+        pids = [s.pidfd.pid for s in to_kill]
+        if len(pids) > 1 and not self.options.settle and _proc.has_idle_cpu(pids):
+            self._kill_at_once(to_kill)
+        else:
+            self._kill_in_turn(to_kill)
         self._running += queued
         self._conclude([s for s in queued if s not in self.results and s.pidfd.exited])
         if len(self._running) > self._most:
@@ -135,6 +133,46 @@ class Batch:
             self._conclude([s for s in self._running if s.pidfd.exited])
             # The oldest have had the most time.
             self._conclude(self._running[: -self._most])
+
+    def _kill_in_turn(self, sequences: list[Sequence]) -> None:
+        """Release each before the next is killed."""
+        # A stuck one might block its release; and it loses no race by waiting for it.
+        stuck = {s for s in sequences if _proc.stuck(s.pidfd.pid)}
+        for sequence in stuck:
+            if self._try(sequence, sequence.send):
+                self._try(sequence, sequence.hurry)
+        for sequence in _largest_first(sequences):
+            if sequence in stuck or not self._try(sequence, sequence.kill):
+                continue
+            if not sequence.pending:
+                self._report(sequence)  # at once, for the time it took
+
+    def _kill_at_once(self, sequences: list[Sequence]) -> None:
+        """Kill all, then release those that need it."""
+        is_crowd = len(sequences) > CROWD
+        if self.options.measure or not is_crowd:
+            sequences = _largest_first(sequences)
+        sent = [s for s in sequences if self._try(s, s.send)]
+        left = self._let_exit(sent) if is_crowd else sent
+        for sequence in left:
+            # The release of a stuck one, which might block, comes when all are done.
+            is_stuck = _proc.stuck(sequence.pidfd.pid)
+            help_out = sequence.hurry if is_stuck else sequence.help_out
+            if self._try(sequence, help_out) and not sequence.pending:
+                self._report(sequence)
+
+    def _let_exit(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Wait while a crowd exits by itself; return those that have not."""
+
+        def look() -> int:
+            nonlocal sequences
+            exited = {*poll_exited([s.pidfd for s in sequences], 0)}
+            self._conclude([s for s in sequences if s.pidfd in exited])
+            sequences = [s for s in sequences if s.pidfd not in exited]
+            return len(sequences)
+
+        wait_while_fewer(look)
+        return sequences
 
     def finish(self) -> None:
         """Kill what was added, and wait until all is over."""
@@ -179,6 +217,21 @@ class Batch:
     def __exit__(self, *_: object) -> None:
         for sequence in self._owned:
             sequence.pidfd.close()
+
+
+def wait_while_fewer(count: Callable[[], int]) -> None:
+    """Wait while the members of a crowd exit, many of them in each short while."""
+    left = count()
+    while left > CROWD:
+        sleep(_MOMENT)
+        before, left = left, count()
+        if left > before * _SLOW:
+            return
+
+
+def _largest_first(sequences: list[Sequence]) -> list[Sequence]:
+    sizes = {sequence: sequence.weigh() for sequence in sequences}
+    return sorted(sizes, key=sizes.__getitem__, reverse=True)
 
 
 def _begin(target: Target, batch: Batch) -> Sequence | OSError:

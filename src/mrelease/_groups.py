@@ -8,7 +8,7 @@ from marshal import dumps, loads
 from time import monotonic
 
 from . import _cgroup, _child, _proc
-from ._batch import Batch, unopened
+from ._batch import CROWD, Batch, unopened, wait_while_fewer
 from ._kill import SIGKILL, KillResult, Options, check_victim
 from ._pidfd import INFINITY, Pidfd
 from ._proc import NO_DESCRIPTOR
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # A process of a cgroup is large, and released before cgroup.kill, if it has this part
 # of the cgroup's memory. So a bomb's many processes are not: a release would wait for
 # each while it holds its memory's lock, to fork, and has no CPU.
-_LARGE = 1 / 64
+_LARGE = 1 / CROWD
 # Seconds that this may take, for each process and each byte: a bomb starves the caller.
 _PATIENCE = 0.1
 _PATIENCE_PROCESS = 1e-4
@@ -60,10 +60,11 @@ def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
 def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]:
     """Kill all processes in a cgroup and below it, v1 or v2, and free their memory.
 
-    The large ones are killed and released first, one after the other; then cgroup.kill
-    (v2, Linux 5.14) ends the rest, whatever it forks, and that is released. Where
-    cgroup.kill is missing or not permitted, processes are killed until none is left,
-    and those that fork meanwhile are stopped first.
+    The large ones are killed and released first, as by kill_all(); then cgroup.kill
+    (v2, Linux 5.14) ends the rest, whatever it forks, and that is released. A crowd is
+    left to cgroup.kill as a whole where there are idle CPUs. Where cgroup.kill is
+    missing or not permitted, processes are killed until none is left, and those that
+    fork meanwhile are stopped first.
 
     The options are kill()'s, timeout as for kill_all(). Returns a result for each
     process that was seen. One that had exited before it could be opened is "exited"
@@ -198,6 +199,9 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
     """Kill and release the large ones, the largest first, for a reasonable time."""
     try:
         found = [(part, pid) for part in cgroup.walk() for pid in part.pids()]
+        at_once = _proc.has_idle_cpu(pid for _, pid in found)
+        if at_once and len(found) > CROWD and not batch.options.measure:
+            return  # nothing is starved: cgroup.kill is the sooner
         end = monotonic() + _PATIENCE + len(found) * _PATIENCE_PROCESS
         sizes: dict[tuple[Cgroup, int], int] = {}
         for part, pid in found:
@@ -208,7 +212,7 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
         for part, pid in sorted(sizes, key=sizes.__getitem__, reverse=True):
             end += sizes[part, pid] * _PATIENCE_BYTE
             if sizes[part, pid] < large or monotonic() > end:
-                return
+                break
             if pidfd := batch.open(part.open, pid):
                 try:
                     check_victim(pidfd)
@@ -216,7 +220,9 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
                     pidfd.close()
                     continue
                 batch.add(pidfd)
-                batch.flush()
+                if not at_once:
+                    batch.flush()
+        batch.flush()
     except OSError as error:
         if error.errno not in NO_DESCRIPTOR:
             raise
@@ -232,6 +238,7 @@ def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> in
         _write_kill(killer)
         joined: list[int] = []
         try:
+            wait_while_fewer(lambda: len(cgroup.all_pids()))
             joined = _add_killed(cgroup, batch)
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR:
@@ -256,7 +263,7 @@ def _add_killed(cgroup: Cgroup, batch: Batch) -> list[int]:
                 pidfd.close()
                 joined.append(pid)
             else:
-                batch.add(pidfd, signal=SIGKILL)
+                batch.add(pidfd, killed=True)
     return joined
 
 

@@ -319,6 +319,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_asked",
         "_pause",
         "attempts",
         "deadline",
@@ -336,6 +337,7 @@ class Sequence:
         self.options = options
         self.held: int | None = None
         self.signal: int | None = None
+        self._asked: int | None = None  # the signal that ask() has sent
         self.errno: int | None = None  # the last release's; None before the first
         self.attempts = 0
         self.to_kill = True  # SIGKILL is still to be sent
@@ -357,6 +359,7 @@ class Sequence:
     def ask(self, signal: int, grace: float) -> None:
         """Send a signal that may make it end by itself; the kill is due after grace."""
         self._send(signal)
+        self._asked = signal
         self.due = monotonic() + grace
 
     def watch(self) -> None:
@@ -376,18 +379,59 @@ class Sequence:
         """Send SIGKILL and release, or let it settle first if that was asked for."""
         if self.options.settle:
             self.send()
+            # At once: a starved victim could not use the time it is given.
+            self.hurry()
             return
+        self.begin()
+        before: dict[int, set[int]] = {}
+        try:
+            if self.options.boost:
+                # A victim that wakes up on this CPU starts its own exit before the
+                # release does. Its priority is not touched yet: it might starve the
+                # caller.
+                bar(self.pidfd, before)
+            errno = kill_and_release(self.pidfd.fileno())
+        except BaseException as error:
+            self._undo()
+            exited = self.pidfd.exited
+            if not exited:  # else its threads' ids may be others' by now
+                unbar(before)
+            if not (exited and isinstance(error, ProcessLookupError)):
+                raise  # else it has been reaped since it was checked
+        else:
+            self._released(errno, before)
+
+    def begin(self) -> None:
+        """Note that SIGKILL and a release are about to be sent, in one call.
+
+        Ahead, for whoever looks at it while the release is blocked.
+        """
         self.to_kill = False
         self.due = INFINITY
         self.deadline = monotonic() + self.options.timeout
-        try:
-            self._kill_and_release()
-        except ProcessLookupError:
-            if not self.pidfd.exited:
-                raise  # else it has been reaped since it was checked
+        self.signal = SIGKILL
+        self.attempts = 1
+
+    def end(self, sent: bool, errno: int) -> None:
+        """Take the answer to what was begun; raise if SIGKILL could not be sent."""
+        if sent:
+            self._released(errno, {})
+            return
+        self._undo()
+        if errno != ESRCH or not self.pidfd.exited:
+            raise OSError(errno, os.strerror(errno))
+
+    def _undo(self) -> None:
+        self.signal = self._asked
+        self.attempts = 0
+
+    def _released(self, errno: int, before: dict[int, set[int]]) -> None:
+        self._answered(errno)
+        if self.options.boost:
+            self._boost(before)
 
     def send(self) -> None:
-        """Send SIGKILL alone, hurry it through its exit, and make the release due."""
+        """Send SIGKILL alone, and make the release due."""
         now = monotonic()
         self.to_kill = False
         self.due = INFINITY
@@ -397,10 +441,25 @@ class Sequence:
         except ProcessLookupError:
             if not self.pidfd.exited:
                 raise
-            return
-        settled = now + self.options.settle
-        self.due = settled if settled <= self.deadline else INFINITY
-        # At once: a starved victim could not use the time it is given.
+        else:
+            self._settle(now)
+
+    def was_killed(self) -> None:
+        """Note that somebody else has just sent SIGKILL, and make the release due."""
+        now = monotonic()
+        self.to_kill = False
+        self.signal = SIGKILL
+        self.deadline = now + self.options.timeout
+        self._settle(now)
+
+    def help_out(self) -> None:
+        """After SIGKILL: release it if that is due, and hurry it through its exit."""
+        if self.due <= monotonic():
+            self.release()
+        self.hurry()
+
+    def hurry(self) -> None:
+        """After SIGKILL: hurry it through its exit, if that was asked for."""
         if self.options.boost:
             self._boost({})
 
@@ -415,14 +474,6 @@ class Sequence:
             self._answered(error.errno or 0)
         else:
             self._answered(0)
-
-    def help_out(self) -> None:
-        """Release one that somebody else has killed, and hurry it through its exit."""
-        self.deadline = monotonic() + self.options.timeout
-        self.to_kill = False
-        self.release()
-        if self.options.boost:
-            self._boost({})
 
     @property
     def pending(self) -> bool:
@@ -446,6 +497,11 @@ class Sequence:
             freed=self._freed(exited, released) if self.options.measure else None,
         )
 
+    def _settle(self, since: float) -> None:
+        """Make the release due once it has had its time to exit by itself."""
+        settled = since + self.options.settle
+        self.due = settled if settled <= self.deadline else INFINITY
+
     def _send(self, signal: int) -> None:
         # Ahead, for whoever sees the exit that follows from another thread.
         last, self.signal = self.signal, signal
@@ -454,28 +510,6 @@ class Sequence:
         except BaseException:
             self.signal = last
             raise
-
-    def _kill_and_release(self) -> None:
-        # A victim that wakes up on this CPU starts its own exit before the release
-        # does. Its priority is not touched yet: it might starve the caller.
-        before: dict[int, set[int]] = {}
-        last = self.signal
-        try:
-            if self.options.boost:
-                bar(self.pidfd, before)
-            # Ahead, for whoever looks at it while the release is blocked.
-            self.signal = SIGKILL
-            self.attempts = 1
-            errno = kill_and_release(self.pidfd.fileno())
-        except BaseException:
-            self.signal = last
-            self.attempts = 0
-            if not self.pidfd.exited:  # else its threads' ids may be others' by now
-                unbar(before)
-            raise
-        self._answered(errno)
-        if self.options.boost:
-            self._boost(before)
 
     def _boost(self, before: dict[int, set[int]]) -> None:
         # Whoever has no memory may be a kernel thread, which never had any and ignores

@@ -15,16 +15,21 @@ from ._mrelease import PIDFD_THREAD, pidfd_open, pidfd_send_signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable
     from types import TracebackType
     from typing import Any, Self, Unpack
 
     from ._kill import KillResult
     from ._types import KillOptions, Target, TerminateOptions
+else:
+    from _collections import deque  # collections would import more
 
 _PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13; ioctl(2) encodes it alike everywhere
 _PIDFD_INFO_CGROUPID = 4
 _LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
+
+_SHARED = -1  # no descriptor's number
 
 INFINITY = float("inf")
 
@@ -40,10 +45,13 @@ class Pidfd:
     close() must wait until the others are done. Linux 5.3. See pidfd_open(2).
     """
 
-    __slots__ = ("__weakref__", "_fd", "_pid")
+    __slots__ = ("__weakref__", "_claims", "_fd", "_pid")
 
     _fd: int
     _pid: int
+    # Of all that share the descriptor. The first, which is taken last, is its number.
+    # A deque, as no pop() of it needs memory.
+    _claims: deque[int]
 
     def __init__(self, fd: int, /) -> None:
         """Take over a descriptor from pidfd_open(2), clone3(2) or SCM_PIDFD.
@@ -57,6 +65,7 @@ class Pidfd:
             raise TypeError("a descriptor must be an int, not bool")
         number = index(fd)
         self._pid = _pid_of_descriptor(number)
+        self._claims = deque((number,))
         self._fd = number
 
     @classmethod
@@ -71,19 +80,20 @@ class Pidfd:
         Raises ProcessLookupError if there is no such process, if the object says that
         it has been reaped, or if verify says no; ValueError for a pid that is not
         positive, or is the id of a thread; TypeError for what is no target; and OSError
-        with EMFILE when no descriptor is left. A Pidfd gives a second, independent one.
+        with EMFILE when no descriptor is left. A Pidfd gives a second one, which needs
+        none: they share theirs, until both are closed.
         """
         self = cls.__new__(cls)
         self._fd = self._pid = -1
-        opened: list[int] = []
+        opened: deque[int] = deque()
         try:
             if isinstance(target, Pidfd):
-                self._pid = target._pid
-                _open_into(opened, os.dup, target.fileno())
+                self._share(target)
             else:
                 self._pid = pid_of(target)
                 _open(self._pid, target, opened)
-            (self._fd,) = opened
+                self._claims = opened
+                self._fd = opened[0]
             # Asked now, because the pid could have been reused until it was open.
             _check_not_reaped(self._pid, target)
             if verify is not None:
@@ -94,6 +104,19 @@ class Pidfd:
             self.close()
             raise
         return self
+
+    def _share(self, other: Pidfd) -> None:
+        fd = other.fileno()
+        self._pid = other._pid
+        joined: list[None] = []
+        try:
+            joined.extend(map(other._claims.append, (_SHARED,)))  # as in _open_into()
+            self._claims = other._claims
+            self._fd = fd
+        except BaseException:
+            if joined and self._fd < 0:
+                other._claims.pop()
+            raise
 
     def _verify(self, verify: Callable[[int], bool]) -> None:
         if not verify(self._pid):
@@ -117,9 +140,9 @@ class Pidfd:
         return self._fd
 
     def close(self) -> None:
-        """Close the descriptor. A second call does nothing."""
+        """Close the descriptor, if no other shares it. A second call does nothing."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
+        if fd >= 0 and self._claims.pop() != _SHARED:
             os.close(fd)
 
     @property
@@ -242,24 +265,22 @@ def milliseconds(timeout: float) -> float:
 def poll_exited(pidfds: list[Pidfd], timeout: float) -> list[Pidfd]:
     """Wait for an exit, at most timeout seconds and a day; return who has exited."""
     poller = poll()
-    by_fd = {pidfd.fileno(): pidfd for pidfd in pidfds}
-    for fd in by_fd:
-        poller.register(fd, POLLIN)
-    exited: list[Pidfd] = []
-    for fd, events in poller.poll(milliseconds(timeout)):
-        if events & POLLNVAL:
-            raise OSError(EBADF, "The descriptor was closed outside its Pidfd")
-        exited.append(by_fd[fd])
-    return exited
+    for pidfd in pidfds:
+        poller.register(pidfd.fileno(), POLLIN)
+    events = dict(poller.poll(milliseconds(timeout)))
+    if any(event & POLLNVAL for event in events.values()):
+        raise OSError(EBADF, "The descriptor was closed outside its Pidfd")
+    # Some may share one.
+    return [pidfd for pidfd in pidfds if pidfd.fileno() in events] if events else []
 
 
-def _open_into(opened: list[int], opener: Callable[[int], int], number: int) -> None:
+def _open_into(opened: deque[int], opener: Callable[[int], int], number: int) -> None:
     # What C calls and C stores, no exception of a signal handler can come between: it
     # would take a descriptor with it that nobody knows of.
     opened.extend(map(opener, (number,)))
 
 
-def _open(pid: int, target: object, opened: list[int]) -> None:
+def _open(pid: int, target: object, opened: deque[int]) -> None:
     try:
         _open_into(opened, pidfd_open, pid)
         return

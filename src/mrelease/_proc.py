@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 from errno import EMFILE, ENFILE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 NO_DESCRIPTOR = (EMFILE, ENFILE)
 
 # /proc/PID/stat, field 9 (proc_pid_stat(5)); the values are in the kernel's
@@ -71,15 +75,39 @@ def threads(pid: int) -> list[int]:
 
 def anonymous(pid: int) -> int | None:
     """Bytes of anonymous memory and swap; None without an address space to read."""
+    if not is_ours():
+        return None
+    try:
+        return _anonymous(f"/proc/{pid}/status")
+    except (OSError, KeyError):  # the module says why
+        pass
     # A leader that has exited before its threads shows none: ask the next one.
     for tid in threads(pid):
         try:
-            status = fields(f"/proc/{pid}/task/{tid}/status")
-            sizes = [status[b"RssAnon"], status[b"VmSwap"]]  # such as b"1024 kB"
-            return sum(1024 * int(size.split()[0]) for size in sizes)
-        except (OSError, KeyError):  # the module says why
+            return _anonymous(f"/proc/{pid}/task/{tid}/status")
+        except (OSError, KeyError):
             continue
     return None
+
+
+def _anonymous(path: str) -> int:
+    status = fields(path)
+    sizes = [status[b"RssAnon"], status[b"VmSwap"]]  # such as b"1024 kB"
+    return sum(1024 * int(size.split()[0]) for size in sizes)
+
+
+def has_idle_cpu(pids: Iterable[int]) -> bool:
+    """Whether less is running than there are CPUs for each of these to run on.
+
+    What else runs may be on other CPUs, or its cgroup's quota may keep a process off
+    them (cpu.max): then the answer is wrong, to the side of False in the first case.
+    """
+    try:
+        # Such as b"0.20 0.18 0.12 1/80 11206": one of 80 threads runs, this one.
+        running = int(read("/proc/loadavg").split()[3].partition(b"/")[0])
+        return all(running < len(os.sched_getaffinity(pid)) for pid in pids)
+    except (OSError, ValueError, IndexError):  # gone, or the module says why
+        return False
 
 
 def parent(pid: int) -> int | None:

@@ -7,14 +7,17 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from operator import index
 from queue import SimpleQueue
 from select import POLLIN, poll
+from struct import Struct
 from sys import exc_info
 from threading import Condition, Thread, current_thread, get_native_id
 from time import monotonic, sleep
 
 from ._kill import SIGKILL, KillResult, Options, Sequence
+from ._mrelease import kill_and_release_next
 from ._pidfd import INFINITY, Pidfd, milliseconds
 from ._sched import check_nice
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 0.1  # seconds between looks at what no thread tells of
+_ORDER = Struct("=i")  # to a worker: a pidfd to kill, or
+_LOOK = -1  # to look at the queue
 
 
 class Reaper:
@@ -36,7 +41,8 @@ class Reaper:
     A release takes as long as the memory is large, and without a bound while the victim
     is stuck in the kernel; here it takes a worker's time. With every worker busy the
     SIGKILL is sent at once by the calling thread, and the release follows when one is
-    free: a kill never queues.
+    free: a kill never queues. A free worker waits outside of Python, so that it kills
+    and releases as soon as it is told to, however busy other threads are with Python.
 
     workers: how many releases may run at once.
     nice: the priority of its threads, -20 to 19; None: that of the calling thread.
@@ -137,7 +143,11 @@ class _Task:
 
 
 class Pool:
-    """The threads of a Reaper: workers, which may block, and one that watches."""
+    """The threads of a Reaper: workers, which may block, and one that watches.
+
+    A free worker waits for a pidfd from a pipe, which it kills and releases before it
+    takes the GIL; or for word that there is something else in the queue.
+    """
 
     def __init__(
         self, workers: int, nice: int | None = None, cpus: set[int] | None = None
@@ -149,13 +159,16 @@ class Pool:
         self.pid = os.getpid()
         self._lock = Condition()  # for all below
         self._queue: deque[_Task] = deque()
+        self._handed: dict[int, _Task] = {}  # through the pipe, by the pidfd
         self._tasks: set[_Task] = set()
-        self._idle = 0  # workers
+        self._idle = 0  # workers that wait at the pipe
         self._closing = False
         self._exiting = False  # the interpreter, and with it the threads
         self._threads: set[Thread] = set()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pipe = self._inlet = -1
         try:
+            self._pipe, self._inlet = os.pipe2(os.O_CLOEXEC)
             for run in (self._watch, *[self._work] * workers):
                 self._start_thread(run, nice, cpus)
         except BaseException:
@@ -194,7 +207,7 @@ class Pool:
             # No thread of it is in this process, and none will ever give up the lock.
             for task in self._tasks:
                 task.sequence.pidfd.close()
-            self._close_wakeup()
+            self._close_channels()
             return
         with self._lock:
             threads = set(self._threads)
@@ -205,7 +218,7 @@ class Pool:
                 self._lock.wait(_PATIENCE)
             ended = threads - self._threads
             if not self._threads:
-                self._close_wakeup()
+                self._close_channels()
         if wait:
             for thread in ended:
                 thread.join()
@@ -242,71 +255,81 @@ class Pool:
         with self._lock:
             self._threads.discard(current_thread())
             if self._closing and not self._threads:
-                self._close_wakeup()
+                self._close_channels()
                 atexit.unregister(self._send_unsent)
             self._lock.notify_all()
 
     def _work(self) -> None:
-        while task := self._next_task():
-            sequence = task.sequence
-            result: KillResult | Exception | None = None
-            try:
-                sequence.act()
-                if not sequence.pending:
-                    result = sequence.result()
-            except Exception as error:
-                result = error
+        while True:
             with self._lock:
-                task.running = False
-                is_first = not task.settled and result is not None
-                task.settled = task.settled or is_first
-                if task.is_over() or isinstance(result, Exception):
-                    self._retire(task)
-                self._wake()
-            if is_first:
-                _tell(task.future, result)
+                task = self._next_queued()
+                if task is None:
+                    if self._is_over():
+                        return
+                    self._idle += 1
+            if task:
+                self._do(task, task.sequence.act)
+                continue
+            pidfd, sent, errno = kill_and_release_next(self._pipe)
+            with self._lock:
+                self._idle -= 1
+                task = self._handed.pop(pidfd, None)
+            if task:
+                self._do(task, partial(task.sequence.end, bool(sent), errno))
 
-    def _next_task(self) -> _Task | None:
-        """Wait for something to do; None when there will be nothing more."""
+    def _next_queued(self) -> _Task | None:
+        if not self._queue:
+            return None
+        task = self._queue.popleft()
+        task.queued = False
+        task.running = True
+        sequence = task.sequence
+        if sequence.to_kill:
+            # The kill sets it, too, a moment later, but wakes nobody.
+            sequence.deadline = monotonic() + sequence.options.timeout
+            self._wake()
+        return task
+
+    def _do(self, task: _Task, act: Callable[[], None]) -> None:
+        sequence = task.sequence
+        result: KillResult | Exception | None = None
+        try:
+            act()
+            if not sequence.pending:
+                result = sequence.result()
+        except Exception as error:
+            result = error
         with self._lock:
-            self._idle += 1
-            while not self._queue and not self._is_over():
-                self._lock.wait()
-            self._idle -= 1
-            if not self._queue:
-                return None
-            task = self._queue.popleft()
-            task.queued = False
-            task.running = True
-            sequence = task.sequence
-            if sequence.to_kill:
-                # The kill sets it, too, a moment later, but wakes nobody.
-                sequence.deadline = monotonic() + sequence.options.timeout
-                self._wake()
-            return task
+            task.running = False
+            is_first = not task.settled and result is not None
+            task.settled = task.settled or is_first
+            if task.is_over() or isinstance(result, Exception):
+                self._retire(task)
+            self._wake()
+        if is_first:
+            _tell(task.future, result)
 
     def _watch(self) -> None:
         while True:
             with self._lock:
                 # Of those that are blocked beyond their deadlines the workers see.
-                tasks = {
-                    task.sequence.pidfd.fileno(): task
-                    for task in self._tasks
-                    if not (task.settled and task.running)
-                }
+                tasks = [t for t in self._tasks if not (t.settled and t.running)]
+                fds = [task.sequence.pidfd.fileno() for task in tasks]
                 if self._is_over():
+                    for _ in range(self._idle):
+                        os.write(self._inlet, _ORDER.pack(_LOOK))
                     return
-                until = min((task.due() for task in tasks.values()), default=INFINITY)
+                until = min((task.due() for task in tasks), default=INFINITY)
                 wakeup = self._wakeup
             try:
-                exited = _poll(tasks, wakeup, until - monotonic())
+                exited = _poll(fds, wakeup, until - monotonic())
             except OSError:
                 # More than RLIMIT_NOFILE, which has been lowered: one by one.
                 sleep(_PATIENCE)
                 exited = None
             settled: list[tuple[_Task, KillResult | Exception | None]] = []
             with self._lock:
-                for fd, task in tasks.items():
+                for fd, task in zip(fds, tasks, strict=True):
                     if task not in self._tasks:
                         continue  # retired by a worker meanwhile
                     was_settled = task.settled
@@ -362,14 +385,48 @@ class Pool:
         sequence = task.sequence
         if sequence.due > now:
             return
-        is_free = self._idle > len(self._queue) and not self._exiting
-        if sequence.to_kill and not is_free:
+        if not sequence.to_kill:
+            self._enqueue(task)
+        elif not self._hand_over(task):
             sequence.send()
-            if sequence.due > monotonic():
-                return
+            sequence.hurry()
+            if sequence.due <= monotonic():
+                self._enqueue(task)
+
+    def _enqueue(self, task: _Task) -> None:
         task.queued = True
         self._queue.append(task)
-        self._lock.notify_all()
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """Have as many idle workers as are needed look at the queue."""
+        for _ in range(min(self._free(), len(self._queue))):
+            os.write(self._inlet, _ORDER.pack(_LOOK))
+
+    def _hand_over(self, task: _Task) -> bool:
+        """Have a worker kill and release without the GIL, if one is free."""
+        pidfd = task.sequence.pidfd.fileno()
+        # Two kills of one Pidfd would have the same number.
+        if task.sequence.options.settle or self._exiting or pidfd in self._handed:
+            return False
+        if self._free() <= len(self._queue):
+            return False
+        written: list[int] = []
+        try:
+            self._handed[pidfd] = task
+            # In C alone, so that no exception of a signal handler can come between.
+            written.extend(map(os.write, (self._inlet,), (_ORDER.pack(pidfd),)))
+        finally:
+            if written:
+                task.running = True
+                task.sequence.begin()
+            else:
+                self._handed.pop(pidfd, None)
+        return True
+
+    def _free(self) -> int:
+        """How many workers wait, and have been handed nothing."""
+        return self._idle - len(self._handed)
 
     def _retire(self, task: _Task) -> None:
         if task.queued:
@@ -404,10 +461,12 @@ class Pool:
             os.eventfd_write(self._wakeup, 1)
         self._lock.notify_all()
 
-    def _close_wakeup(self) -> None:
-        wakeup, self._wakeup = self._wakeup, -1
-        if wakeup >= 0:
-            os.close(wakeup)
+    def _close_channels(self) -> None:
+        fds = (self._wakeup, self._pipe, self._inlet)
+        self._wakeup = self._pipe = self._inlet = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def _send_unsent(self) -> None:
         """At the interpreter's exit: no kill is lost with the threads."""

@@ -98,5 +98,5 @@ def run(job: Job, suite: str, release: str, *, releases: bool = True) -> None:
         overlay=overlay,
         script=guest.tests_as("root", ROOT + more, job.args)
         + guest.tests_as("nobody", USER + more, job.args),
-        timeout=2400,
+        timeout=6000,
     )
