@@ -55,16 +55,20 @@ def by_loop(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
 
 @contextmanager
 def by_kill_cgroup(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
+    kill_cgroup = mrelease.kill_cgroup  # loaded now, as the C program is
+
     def kill() -> None:
-        mrelease.kill_cgroup(cgroup, timeout=lab.LIMIT)
+        kill_cgroup(cgroup, timeout=lab.LIMIT)
 
     yield kill
 
 
 @contextmanager
 def by_kill_all(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
+    kill_all = mrelease.kill_all
+
     def kill() -> None:
-        mrelease.kill_all(pids, timeout=lab.LIMIT)
+        kill_all(pids, timeout=lab.LIMIT)
 
     yield kill
 

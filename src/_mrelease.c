@@ -12,14 +12,17 @@
 
 #include <Python.h>
 
+#include <dirent.h>       // opendir(), readdir()
 #include <errno.h>        // EINTR
 #include <fcntl.h>        // O_NONBLOCK, O_EXCL
 #include <limits.h>       // INT_MAX, UINT_MAX
-#include <sched.h>        // sched_getcpu()
+#include <poll.h>         // poll()
+#include <sched.h>        // sched_getcpu(), sched_setaffinity()
 #include <signal.h>       // SIGKILL
+#include <stdlib.h>       // realloc(), strtol()
 #include <sys/mman.h>     // MCL_*
 #include <sys/syscall.h>  // __NR_*
-#include <unistd.h>       // syscall(), close()
+#include <unistd.h>       // syscall(), close(), read()
 
 // ==== System call numbers ==================================================
 
@@ -316,27 +319,145 @@ mrelease_kill_and_release(PyObject *Py_UNUSED(module), PyObject *arg)
     return PyLong_FromLong(error);
 }
 
+// ==== The same for the next one from a pipe ================================
+
+// As written to the pipe, by a Reaper.
+struct request {
+    int pidfd;  // negative: nothing, only wake up
+    int pid;    // whose threads to bar from this CPU, 0 for none
+};
+
+// A thread that was barred from a CPU.
+struct barred {
+    int tid;
+    cpu_set_t before;
+};
+
+/* List a process's threads.  Needs no GIL.
+   Return a list to free(), of *count; NULL where they cannot be read, or where
+   /proc is another pid namespace's, told by this process's own pid. */
+static struct barred *
+list_threads(int pid, size_t *count)
+{
+    char path[32];
+    char self[16] = "";
+    struct barred *threads = NULL;
+
+    *count = 0;
+    (void)PyOS_snprintf(path, sizeof path, "/proc/%d/task", pid);
+    if (readlink("/proc/self", self, sizeof self - 1) < 0
+        || strtol(self, NULL, 10) != getpid()) {
+        return NULL;
+    }
+    DIR *folder = opendir(path);
+    if (folder == NULL) {
+        return NULL;
+    }
+    for (const struct dirent *entry; (entry = readdir(folder)) != NULL;) {
+        int tid = (int)strtol(entry->d_name, NULL, 10);
+        if (tid <= 0) {
+            continue;  // . and ..
+        }
+        if (*count % 64 == 0) {
+            void *more = realloc(threads, (*count + 64) * sizeof *threads);
+            if (more == NULL) {
+                break;
+            }
+            threads = more;
+        }
+        threads[(*count)++].tid = tid;
+    }
+    (void)closedir(folder);
+    return threads;
+}
+
+/* Bar a process's threads from this CPU, as far as they may run on another and
+   the kernel allows it: see bar() of _sched.py.  Needs no GIL.
+   Return a list of *count, for unbar(). */
+static struct barred *
+bar(const struct request *request, size_t *count)
+{
+    size_t found;
+    struct barred *threads = list_threads(request->pid, &found);
+    struct pollfd exit = {.fd = request->pidfd, .events = POLLIN};
+    int cpu = sched_getcpu();
+
+    *count = 0;
+    // Once it has been reaped, the ids may be another's.
+    if (cpu < 0 || poll(&exit, 1, 0) != 0) {
+        found = 0;
+    }
+    for (size_t i = 0; i < found; i++) {
+        struct barred one = {.tid = threads[i].tid};
+        if (sched_getaffinity(one.tid, sizeof one.before, &one.before) < 0
+            || !CPU_ISSET(cpu, &one.before)) {
+            continue;
+        }
+        cpu_set_t others = one.before;
+        CPU_CLR(cpu, &others);
+        if (CPU_COUNT(&others) == 0) {
+            for (int other = 0; other < CPU_SETSIZE; other++) {
+                CPU_SET(other, &others);
+            }
+            CPU_CLR(cpu, &others);
+        }
+        if (sched_setaffinity(one.tid, sizeof others, &others) == 0) {
+            threads[(*count)++] = one;
+        }
+    }
+    return threads;
+}
+
+static void
+unbar(const struct barred *threads, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        (void)sched_setaffinity(threads[i].tid, sizeof threads[i].before,
+                                &threads[i].before);
+    }
+}
+
+/* Do what a request asks for.  Needs no GIL.  Return as kill_and_release(). */
+static int
+serve(const struct request *request, int *sent)
+{
+    size_t count = 0;
+    struct barred *threads = request->pid ? bar(request, &count) : NULL;
+    int error;
+
+    do {
+        error = kill_and_release(request->pidfd, sent);
+    } while (error == EINTR);
+    // A kernel thread, which has no memory, lives on.
+    if (!*sent || error == ESRCH) {
+        unbar(threads, count);
+    }
+    free(threads);
+    return error;
+}
+
 PyDoc_STRVAR(mrelease_kill_and_release_next_doc,
 "kill_and_release_next($module, pipe, /)\n"
 "--\n"
 "\n"
-"Wait for a pidfd to come through a pipe, then kill_and_release() it.\n"
+"Wait for a request to come through a pipe, then kill_and_release().\n"
 "\n"
 "A thread that waits here kills as soon as it is told to, however busy\n"
 "other threads keep the GIL: it is taken back when all is done.  A request\n"
-"is an int in the machine's own format; a negative one, or the pipe's end,\n"
-"only wakes up.\n"
+"is two ints in the machine's own format: a pidfd, negative only to wake\n"
+"up, and the pid of its process, to bar its threads from this CPU before,\n"
+"or 0.\n"
 "\n"
 "Returns (pidfd, sent, errno): whether SIGKILL was sent, and the errno of\n"
 "the release, or that of the signal if it was not; pidfd is negative if\n"
-"nothing was asked for.  Raises OSError if the pipe cannot be read.  Linux\n"
-"5.15 for the release.  Thread-safe.");
+"nothing was asked for, or the pipe has ended.  Raises OSError if the pipe\n"
+"cannot be read.  Linux 5.15 for the release.  Thread-safe.");
 
 static PyObject *
 mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
 {
     long pipe;
-    int pidfd = -1;
+    struct request request = {.pidfd = -1};
     int sent = 0;
     int error;
     ssize_t length;
@@ -347,14 +468,12 @@ mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
     do {
         Py_BEGIN_ALLOW_THREADS
         error = 0;
-        length = read((int)pipe, &pidfd, sizeof pidfd);
+        length = read((int)pipe, &request, sizeof request);
         if (length < 0) {
             error = errno;
         }
-        else if (length == sizeof pidfd && pidfd >= 0) {
-            do {
-                error = kill_and_release(pidfd, &sent);
-            } while (error == EINTR);
+        else if (length == sizeof request && request.pidfd >= 0) {
+            error = serve(&request, &sent);
         }
         Py_END_ALLOW_THREADS
         if (length < 0 && error == EINTR && PyErr_CheckSignals() < 0) {
@@ -365,7 +484,7 @@ mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    return Py_BuildValue("iii", pidfd, sent, error);
+    return Py_BuildValue("iii", request.pidfd, sent, error);
 }
 
 // ==== The caller: getcpu(3), mlockall(2) ===================================

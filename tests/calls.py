@@ -42,11 +42,11 @@ def opened(pid: int, flags: int = 0) -> Iterator[int]:
         os.close(pidfd)
 
 
-def killed_next(pidfd: int) -> tuple[int, int, int]:
-    """kill_and_release_next(), with this one in the pipe."""
+def killed_next(pidfd: int, pid: int = 0) -> tuple[int, int, int]:
+    """kill_and_release_next(), with this request in the pipe."""
     reader, writer = os.pipe()
     try:
-        os.write(writer, struct.pack("=i", pidfd))
+        os.write(writer, struct.pack("=ii", pidfd, pid))
         return kill_and_release_next(reader)
     finally:
         os.close(reader)

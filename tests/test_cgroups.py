@@ -439,7 +439,6 @@ def test_a_whole_subtree_is_killed_and_what_is_beside_it_lives(kind: Kind) -> No
             assert (cgroups.pids(top), cgroups.pids(beside)) == (above, others)
 
 
-@pytest.mark.usefixtures("idle")
 @both
 def test_every_option_of_kill_is_taken(kind: Kind) -> None:
     with cgroup(kind) as path, members(path, 2, mib=16) as pids:
@@ -596,7 +595,6 @@ def test_a_fork_bomb_is_killed_by_cgroup_kill() -> None:
         assert len(exited(results)) >= BOMB // 2
 
 
-@pytest.mark.usefixtures("idle")
 @both
 def test_one_that_forks_all_the_time_is_killed(kind: Kind) -> None:
     program = """
@@ -692,7 +690,6 @@ while True:
 # ---- kill_cgroup: many, and few descriptors
 
 
-@pytest.mark.usefixtures("idle")
 @needs_v2
 @pytest.mark.timeout(180)
 def test_3000_processes_are_killed_with_256_descriptors() -> None:

@@ -250,6 +250,21 @@ with victims.victim(threads=3) as victim:
     assert inject(program, fault) == [getattr(errno, error), "S", True]
 
 
+@strace
+def test_where_a_reapers_worker_may_not_kill_the_threads_get_their_cpus_back() -> None:
+    program = """
+from calls import killed_next
+with victims.victim(threads=3) as victim, Pidfd.open(victim.pid) as pidfd:
+    def cpus():
+        return [[*os.sched_getaffinity(tid)] for tid in victim.threads()]
+    before = cpus()
+    answer = killed_next(pidfd.fileno(), victim.pid)
+    report([answer[1:], victim.state(), cpus() == before])
+"""
+    answer = inject(program, "pidfd_send_signal:error=EPERM")
+    assert answer == [[0, errno.EPERM], "S", True]
+
+
 # ---- Filters
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import victims
-from calls import run_python
+from calls import killed_next, run_python
 from mrelease import Pidfd, _proc, _sched, kill, kill_and_release
 
 
@@ -181,6 +182,36 @@ def test_the_nice_value_goes_as_low_as_the_victims_limit_allows() -> None:
         _sched.boost(pidfd)
         lowest = -20 if os.geteuid() == 0 else 20 - hard
         assert os.getpriority(os.PRIO_PROCESS, victim.pid) == lowest
+
+
+# ---- In the C of a Reaper's worker
+
+
+@pytest.mark.needs("cpus", "release")
+def test_a_worker_bars_every_thread_and_leaves_them_barred(cpu: int) -> None:
+    with (
+        victims.exit_stopped(4, threads=80) as victim,
+        Pidfd.open(victim.pid) as pidfd,
+    ):
+        for tid in victim.threads():
+            os.sched_setaffinity(tid, range(1024))
+        cpus = os.sched_getaffinity(victim.pid)
+        # Else they end one by one while they are looked at.
+        os.kill(victim.pid, signal.SIGSTOP)
+        assert killed_next(pidfd.fileno(), victim.pid) == (pidfd.fileno(), 1, 0)
+        victim.wait_exit_stop()
+        assert os.sched_getaffinity(victim.pid) == cpus - {cpu}
+
+
+@pytest.mark.needs("cpus")
+def test_a_worker_bars_nobody_through_another_descriptor(cpu: int) -> None:
+    with victims.victim(1) as victim:
+        os.sched_setaffinity(victim.pid, range(1024))
+        before = affinities(victim)
+        unused = 1 << 20
+        assert killed_next(unused, victim.pid) == (unused, 0, errno.EBADF)
+        assert affinities(victim) == before
+        assert victim.state() == "S"
 
 
 # ---- Idle CPUs

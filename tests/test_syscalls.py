@@ -321,7 +321,7 @@ def test_a_thread_that_waits_kills_and_releases_what_comes_through_the_pipe() ->
         )
         thread.start()
         for order in (first, -1, second):
-            os.write(writer, struct.pack("=i", order))
+            os.write(writer, struct.pack("=ii", order, 0))
         thread.join()
         assert found == [(first, 1, 0), (-1, 0, 0), (second, 1, 0)]
         assert one.anon() == two.anon() == 0

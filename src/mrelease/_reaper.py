@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 0.1  # seconds between looks at what no thread tells of
-_ORDER = Struct("=i")  # to a worker: a pidfd to kill, or
-_LOOK = -1  # to look at the queue
+# To a worker: a pidfd to kill, and the pid whose threads to bar from its CPU, or 0.
+_ORDER = Struct("=ii")
+_LOOK = _ORDER.pack(-1, 0)  # at the queue
 
 
 class Reaper:
@@ -317,7 +318,7 @@ class Pool:
                 fds = [task.sequence.pidfd.fileno() for task in tasks]
                 if self._is_over():
                     for _ in range(self._idle):
-                        os.write(self._inlet, _ORDER.pack(_LOOK))
+                        os.write(self._inlet, _LOOK)
                     return
                 until = min((task.due() for task in tasks), default=INFINITY)
                 wakeup = self._wakeup
@@ -401,13 +402,15 @@ class Pool:
     def _rouse(self) -> None:
         """Have as many idle workers as are needed look at the queue."""
         for _ in range(min(self._free(), len(self._queue))):
-            os.write(self._inlet, _ORDER.pack(_LOOK))
+            os.write(self._inlet, _LOOK)
 
     def _hand_over(self, task: _Task) -> bool:
         """Have a worker kill and release without the GIL, if one is free."""
-        pidfd = task.sequence.pidfd.fileno()
+        sequence = task.sequence
+        pidfd = sequence.pidfd.fileno()
+        order = _ORDER.pack(pidfd, sequence.pidfd.pid if sequence.options.boost else 0)
         # Two kills of one Pidfd would have the same number.
-        if task.sequence.options.settle or self._exiting or pidfd in self._handed:
+        if sequence.options.settle or self._exiting or pidfd in self._handed:
             return False
         if self._free() <= len(self._queue):
             return False
@@ -415,11 +418,11 @@ class Pool:
         try:
             self._handed[pidfd] = task
             # In C alone, so that no exception of a signal handler can come between.
-            written.extend(map(os.write, (self._inlet,), (_ORDER.pack(pidfd),)))
+            written.extend(map(os.write, (self._inlet,), (order,)))
         finally:
             if written:
                 task.running = True
-                task.sequence.begin()
+                sequence.begin()
             else:
                 self._handed.pop(pidfd, None)
         return True

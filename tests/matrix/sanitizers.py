@@ -140,6 +140,7 @@ def analyse(job: Job) -> None:
         ["clang-tidy", "--quiet", "--warnings-as-errors=*", source, "--", *flags],
         [
             *("cppcheck", "--quiet", "--error-exitcode=1", "--inline-suppr"),
+            "--check-level=exhaustive",
             *("--enable=warning,style,performance,portability", "--std=c11"),
             # Headers are not ours to read; what it has to know of Python's:
             "--suppress=missingIncludeSystem",
