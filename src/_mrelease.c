@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
  * mrelease._mrelease: the system calls that kill a process and free its
- * memory, made directly and with the GIL released.
+ * memory, made directly, and with the GIL released round all that can sleep.
  *
  * glibc wraps the pidfd calls only since 2.36 and musl not at all, hence
  * syscall(2).  setup.py picks the ABI: the Limited API of 3.11, or the
@@ -371,24 +371,32 @@ list_threads(int pid, size_t *count)
     return threads;
 }
 
+/* Whether a process has exited: then it may be reaped at any moment, and the
+   ids of its threads given to others.  True for what is no pidfd. */
+static int
+has_exited(int pidfd)
+{
+    struct pollfd exit = {.fd = pidfd, .events = POLLIN};
+    return poll(&exit, 1, 0) != 0;
+}
+
 /* Bar a process's threads from this CPU, as far as they may run on another and
    the kernel allows it: see bar() of _sched.py.  Needs no GIL.
-   Return a list of *count, for unbar(). */
+   Return a list to free(), of *count, for unbar(). */
 static struct barred *
 bar(const struct request *request, size_t *count)
 {
     size_t found;
     struct barred *threads = list_threads(request->pid, &found);
-    struct pollfd exit = {.fd = request->pidfd, .events = POLLIN};
     int cpu = sched_getcpu();
 
     *count = 0;
-    // Once it has been reaped, the ids may be another's.
-    if (cpu < 0 || poll(&exit, 1, 0) != 0) {
+    if (cpu < 0 || has_exited(request->pidfd)) {
         found = 0;
     }
     for (size_t i = 0; i < found; i++) {
         struct barred one = {.tid = threads[i].tid};
+        // With more than CPU_SETSIZE CPUs EINVAL, and it is left alone.
         if (sched_getaffinity(one.tid, sizeof one.before, &one.before) < 0
             || !CPU_ISSET(cpu, &one.before)) {
             continue;
@@ -429,7 +437,7 @@ serve(const struct request *request, int *sent)
         error = kill_and_release(request->pidfd, sent);
     } while (error == EINTR);
     // A kernel thread, which has no memory, lives on.
-    if (!*sent || error == ESRCH) {
+    if ((!*sent || error == ESRCH) && !has_exited(request->pidfd)) {
         unbar(threads, count);
     }
     free(threads);
