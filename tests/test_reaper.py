@@ -829,6 +829,20 @@ report(interrupted, outcome, closed)
 # ---- Many at once
 
 
+@needs_release
+def test_many_that_are_due_at_once_do_not_fill_up_the_pipe() -> None:
+    program = """
+import fcntl
+with victims.exit_stopped(1, sharer="clone") as busy, Pidfd.open(busy.pid) as pidfd:
+    reaper = Reaper(1)
+    fcntl.fcntl(reaper._pool._inlet, fcntl.F_SETPIPE_SZ, 4096)
+    options = {"settle": 0.1, "timeout": 0.3, "boost": False}
+    futures = [reaper.kill(pidfd, **options) for _ in range(4000)]
+    report({future.result(LIMIT).outcome for future in futures} <= {"busy", "exiting"})
+"""
+    assert reported(program) == [True]
+
+
 def test_eight_threads_use_one_reaper() -> None:
     with ExitStack() as stack:
         crowd = stack.enter_context(victims.crowd(161))

@@ -163,6 +163,7 @@ class Pool:
         self._handed: dict[int, _Task] = {}  # through the pipe, by the pidfd
         self._tasks: set[_Task] = set()
         self._idle = 0  # workers that wait at the pipe
+        self._looks = 0  # words to look at the queue that are in the pipe
         self._closing = False
         self._exiting = False  # the interpreter, and with it the threads
         self._threads: set[Thread] = set()
@@ -274,6 +275,7 @@ class Pool:
             pidfd, sent, errno = kill_and_release_next(self._pipe)
             with self._lock:
                 self._idle -= 1
+                self._looks -= pidfd < 0
                 task = self._handed.pop(pidfd, None)
             if task:
                 self._do(task, partial(task.sequence.end, bool(sent), errno))
@@ -318,7 +320,7 @@ class Pool:
                 fds = [task.sequence.pidfd.fileno() for task in tasks]
                 if self._is_over():
                     for _ in range(self._idle):
-                        os.write(self._inlet, _LOOK)
+                        self._send_look()
                     return
                 until = min((task.due() for task in tasks), default=INFINITY)
                 wakeup = self._wakeup
@@ -397,12 +399,13 @@ class Pool:
     def _enqueue(self, task: _Task) -> None:
         task.queued = True
         self._queue.append(task)
-        self._rouse()
+        # No more words than workers: the pipe never fills up.
+        if self._free() > self._looks:
+            self._send_look()
 
-    def _rouse(self) -> None:
-        """Have as many idle workers as are needed look at the queue."""
-        for _ in range(min(self._free(), len(self._queue))):
-            os.write(self._inlet, _LOOK)
+    def _send_look(self) -> None:
+        os.write(self._inlet, _LOOK)
+        self._looks += 1
 
     def _hand_over(self, task: _Task) -> bool:
         """Have a worker kill and release without the GIL, if one is free."""
@@ -412,7 +415,7 @@ class Pool:
         # Two kills of one Pidfd would have the same number.
         if sequence.options.settle or self._exiting or pidfd in self._handed:
             return False
-        if self._free() <= len(self._queue):
+        if self._free() <= max(self._looks, len(self._queue)):
             return False
         written: list[int] = []
         try:
