@@ -16,7 +16,7 @@ from ._mrelease import PIDFD_THREAD, pidfd_open, pidfd_send_signal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import Any, Self, Unpack
 
@@ -45,13 +45,14 @@ class Pidfd:
     close() must wait until the others are done. Linux 5.3. See pidfd_open(2).
     """
 
-    __slots__ = ("__weakref__", "_claims", "_fd", "_pid")
+    __slots__ = ("__weakref__", "_claims", "_fd", "_pid", "_taken")
 
     _fd: int
     _pid: int
     # Of all that share the descriptor. The first, which is taken last, is its number.
     # A deque, as no pop() of it needs memory.
     _claims: deque[int]
+    _taken: Iterator[int]  # takes one with each step
 
     def __init__(self, fd: int, /) -> None:
         """Take over a descriptor from pidfd_open(2), clone3(2) or SCM_PIDFD.
@@ -66,6 +67,7 @@ class Pidfd:
         number = index(fd)
         self._pid = _pid_of_descriptor(number)
         self._claims = deque((number,))
+        self._taken = iter(self._claims.pop, None)
         self._fd = number
 
     @classmethod
@@ -93,6 +95,7 @@ class Pidfd:
                 self._pid = pid_of(target)
                 _open(self._pid, target, opened)
                 self._claims = opened
+                self._taken = iter(opened.pop, None)
                 self._fd = opened[0]
             # Asked now, because the pid could have been reused until it was open.
             _check_not_reaped(self._pid, target)
@@ -112,6 +115,7 @@ class Pidfd:
         try:
             joined.extend(map(other._claims.append, (_SHARED,)))  # as in _open_into()
             self._claims = other._claims
+            self._taken = iter(self._claims.pop, None)
             self._fd = fd
         except BaseException:
             if joined and self._fd < 0:
@@ -141,9 +145,15 @@ class Pidfd:
 
     def close(self) -> None:
         """Close the descriptor, if no other shares it. A second call does nothing."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0 and self._claims.pop() != _SHARED:
-            os.close(fd)
+        if self._fd < 0:
+            return
+        # A loop's step is made in C: no exception of a signal handler can come between
+        # it and os.close(), as it could after the call of pop().
+        for claim in self._taken:
+            self._fd = -1
+            if claim != _SHARED:
+                os.close(claim)
+            break
 
     @property
     def exited(self) -> bool:
