@@ -721,6 +721,8 @@ with (
     to_cancel = reaper.kill(third.pid, wait=True, timeout=None)
     spoilt.wait_exit_stop()
     third.wait_exit_stop()
+    # Not while the worker reads /proc: what it opens would get the number.
+    until(lambda: reaper._pool._idle == 1)
     (fd,) = pidfds(spoilt.pid)
     os.close(fd)
     to_cancel.cancel()
@@ -756,7 +758,7 @@ except TimeoutError:
 """
         # The release is done, and its worker is held up on the way back from it.
         call = "process_mrelease"
-        inject = f"inject={call}:delay_exit=300000:when=1"
+        inject = f"inject={call}:delay_exit=1000000:when=1"
         strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
         assert reported(program, *strace) == [errno.EBADF, "released"]
 

@@ -41,27 +41,27 @@ CELLS = {
     "kernel-5.10": Cell(
         partial(kernels.run, suite="bullseye", release="5.10", releases=False),
         "the suite as root and as nobody on Linux 5.10",
-        6,
+        30,
     ),
     "kernel-6.1": Cell(
         partial(kernels.run, suite="bookworm", release="6.1"),
         "the suite as root and as nobody on Linux 6.1",
-        20,
+        60,
     ),
     "kernel-6.12": Cell(
         partial(kernels.run, suite="trixie", release="6.12"),
         "the suite as root and as nobody on Linux 6.12",
-        20,
+        60,
     ),
     "kernel-6.18": Cell(
         partial(kernels.run, suite="trixie-backports", release="6.18"),
         "the suite as root and as nobody on Linux 6.18",
-        20,
+        60,
     ),
     "kernel-newest": Cell(
         partial(kernels.run, suite="trixie-backports", release=""),
         "the suite as root and as nobody on the newest of Debian's backports",
-        20,
+        60,
     ),
     **{
         f"python-{version}": Cell(
