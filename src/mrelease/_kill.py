@@ -406,9 +406,7 @@ class Sequence:
 
         Ahead, for whoever looks at it while the release is blocked.
         """
-        self.to_kill = False
-        self.due = INFINITY
-        self.deadline = monotonic() + self.options.timeout
+        self._start_timeout()
         self.signal = SIGKILL
         self.attempts = 1
 
@@ -432,10 +430,7 @@ class Sequence:
 
     def send(self) -> None:
         """Send SIGKILL alone, and make the release due."""
-        now = monotonic()
-        self.to_kill = False
-        self.due = INFINITY
-        self.deadline = now + self.options.timeout
+        now = self._start_timeout()
         try:
             self._send(SIGKILL)
         except ProcessLookupError:
@@ -446,11 +441,8 @@ class Sequence:
 
     def was_killed(self) -> None:
         """Note that somebody else has just sent SIGKILL, and make the release due."""
-        now = monotonic()
-        self.to_kill = False
         self.signal = SIGKILL
-        self.deadline = now + self.options.timeout
-        self._settle(now)
+        self._settle(self._start_timeout())
 
     def help_out(self) -> None:
         """After SIGKILL: release it if that is due, and hurry it through its exit."""
@@ -496,6 +488,14 @@ class Sequence:
             elapsed=monotonic() - self.options.start,
             freed=self._freed(exited, released) if self.options.measure else None,
         )
+
+    def _start_timeout(self) -> float:
+        """Have it run from now, the time of the SIGKILL; return that."""
+        now = monotonic()
+        self.to_kill = False
+        self.due = INFINITY
+        self.deadline = now + self.options.timeout
+        return now
 
     def _settle(self, since: float) -> None:
         """Make the release due once it has had its time to exit by itself."""

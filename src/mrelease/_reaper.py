@@ -147,7 +147,7 @@ class Pool:
     """The threads of a Reaper: workers, which may block, and one that watches.
 
     A free worker waits for a pidfd from a pipe, which it kills and releases before it
-    takes the GIL; or for word that there is something else in the queue.
+    takes the GIL; or for word that a release is in the queue.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class Pool:
                         return
                     self._idle += 1
             if task:
-                self._do(task, task.sequence.act)
+                self._do(task, task.sequence.release)
                 continue
             pidfd, sent, errno = kill_and_release_next(self._pipe)
             with self._lock:
@@ -286,11 +286,6 @@ class Pool:
         task = self._queue.popleft()
         task.queued = False
         task.running = True
-        sequence = task.sequence
-        if sequence.to_kill:
-            # The kill sets it, too, a moment later, but wakes nobody.
-            sequence.deadline = monotonic() + sequence.options.timeout
-            self._wake()
         return task
 
     def _do(self, task: _Task, act: Callable[[], None]) -> None:
