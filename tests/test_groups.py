@@ -18,6 +18,8 @@ import pytest
 import victims
 from calls import run_python
 from mrelease import KillResult, Pidfd, kill_all
+from mrelease._batch import Batch
+from mrelease._kill import Options
 from victims import NOBODY, apart
 
 needs_release = pytest.mark.needs("release")
@@ -172,6 +174,19 @@ assert all(result.outcome == "released" for result in results), results
 
 
 # ---- kill_all: the options, and those that take long
+
+
+@needs_release
+def test_of_one_that_somebody_else_has_killed_the_memory_is_measured_too() -> None:
+    with victims.exit_stopped(8) as victim, Batch(Options(measure=True)) as batch:
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.wait_exit_stop()
+        one = batch.add(Pidfd.open(victim.pid), killed=True)
+        batch.finish()
+        (result,) = batch.killed([one])
+        assert result.outcome == "released"
+        assert result.freed is not None
+        assert result.freed >= 8 * MIB
 
 
 @needs_release

@@ -112,6 +112,8 @@ class Batch:
         """Kill and release what was added, the largest first."""
         queued, self._queued = self._queued, []
         for sequence in [s for s in queued if not s.to_kill]:
+            if self.options.measure:
+                sequence.weigh()
             self._try(sequence, sequence.help_out)
         to_kill = [
             s
