@@ -5,11 +5,11 @@
 A process that has mrelease loaded and a victim's Pidfd open has all its pages paged
 out, as far as the kernel lets go of them, to a zram device made for the time of the
 benchmark; then it is told to kill. So has a C program, with mlockall and without. All
-are run in turn: milliseconds from the trigger to when the kernel is asked to kill, and
+are run in turn: milliseconds from the trigger to SIGKILL, as the kernel traces it, and
 to the victim's exit; major faults; KiB that were swapped. Files that other processes
 have mapped stay in memory, so it is the interpreter's data that comes back.
 
-Needs root, zram, and process_madvise(2) of Linux 5.10.
+Needs root, zram, tracefs, and process_madvise(2) of Linux 5.10.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,23 +45,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 KILLER = """
-import os, sys, time
-from mrelease import Pidfd, _kill, harden, kill
+import os, sys
+from mrelease import Pidfd, harden, kill
 pidfd = Pidfd.open(int(sys.argv[1]))
-asked = 0.0
-kill_and_release = _kill.kill_and_release
-def timed(fd):
-    global asked
-    asked = time.monotonic()
-    return kill_and_release(fd)
-_kill.kill_and_release = timed
 refused = None
 if sys.argv[2] == "hardened":
     refused = harden(nice=None, oom_score_adj=None)["mlock"]
 os.write(1, f"mlock refused: {refused}\\n".encode() if refused else b"ready\\n")
 os.read(0, 1)
-result = kill(pidfd)
-os.write(1, f"{asked} {time.monotonic()} {result.signal}\\n".encode())
+os.write(1, f"{kill(pidfd)}\\n".encode())
 os.read(0, 1)
 """
 
@@ -67,7 +62,7 @@ def run(options: Options) -> Report:
     report = Report(
         "harden", "a killer that was swapped out", "Median [lowest-highest]."
     )
-    table = Table("", "", ["asked, ms", "exit, ms", "faults", "KiB"], ratios=False)
+    table = Table("", "", ["SIGKILL, ms", "exit, ms", "faults", "KiB"], ratios=False)
     report.tables.append(table)
     ways: dict[str, Callable[[int], list[object]]] = {
         "plain": lambda pid: _python(pid, "plain"),
@@ -75,15 +70,15 @@ def run(options: Options) -> Report:
         "C program": lambda pid: [lab.peer("killer"), "nolock", pid],
         LOCKED: lambda pid: [lab.peer("killer"), "lock", pid],
     }
-    with _zram(ZRAM):
+    with _traced_signals() as sigkill, _zram(ZRAM):
         for _ in range(options.repeats(20, 3)):
             for name, command in ways.items():
-                table.add(name, *_kill_once(command))
+                table.add(name, *_kill_once(command, sigkill))
     if not table.median("plain", 3):
         raise MissingError("a kernel that pages out")
     report.targets.append(
         Target(
-            f"asked, {HARDENED} to {LOCKED}",
+            f"SIGKILL, {HARDENED} to {LOCKED}",
             table.ratio(HARDENED, LOCKED),
             at_most=OF_C,
         )
@@ -97,9 +92,9 @@ def _python(pid: int, way: str) -> list[object]:
 
 
 def _kill_once(
-    command: Callable[[int], list[object]],
+    command: Callable[[int], list[object]], sigkill: Callable[[int], float]
 ) -> tuple[float, float, float, float]:
-    """Milliseconds until asked and until exit, major faults, KiB swapped."""
+    """Milliseconds until SIGKILL and until exit, major faults, KiB swapped."""
     with (
         lab.victim(1) as victim,
         Pidfd.open(victim) as exit_of_victim,
@@ -114,13 +109,47 @@ def _kill_once(
         if not exit_of_victim.wait(LIMIT):
             raise TimeoutError(f"the victim did not exit within {LIMIT} s")
         exited = time.monotonic()
-        asked = float(killer.line().split()[0])
+        killer.line()
         return (
-            1000 * (asked - trigger),
+            1000 * (sigkill(victim.pid) - trigger),
             1000 * (exited - trigger),
             _major_faults(killer.pid) - faults,
             swapped,
         )
+
+
+@contextmanager
+def _traced_signals() -> Iterator[Callable[[int], float]]:
+    """What tells when SIGKILL was sent to a process, by the monotonic clock."""
+    with ExitStack() as stack:
+        tracefs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _mount("mount", "-t", "tracefs", "tracefs", tracefs)
+        stack.callback(_mount, "umount", tracefs)
+        # Others' traces are left alone.
+        trace = tracefs / "instances" / f"mrelease-{os.getpid()}"
+        trace.mkdir()
+        stack.callback(trace.rmdir)
+        event = trace / "events" / "signal" / "signal_generate"
+        (trace / "trace_clock").write_text("mono")
+        (event / "filter").write_text("sig == 9")
+        (event / "enable").write_text("1")
+        stack.callback((event / "enable").write_text, "0")
+
+        def sigkill(pid: int) -> float:
+            found = re.findall(
+                rf"([0-9.]+): signal_generate: .* pid={pid} ",
+                (trace / "trace").read_text(errors="replace"),
+            )
+            return float(found[-1])
+
+        yield sigkill
+
+
+def _mount(*command: str | Path) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise MissingError(f"tracefs: {error.stderr.strip()}") from None
 
 
 def _major_faults(pid: int) -> int:

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import mrelease
 import victims
-from mrelease import _sched
+from mrelease._mrelease import bar_kill_and_release
 
 from . import lab, ways
 from .lab import Options
@@ -87,8 +87,7 @@ def race(runs: int) -> tuple[dict[str, list[float]], dict[int, list[float]]]:
                         with mrelease.Pidfd.open(victim) as pidfd:
                             if not pidfd.wait(lab.LIMIT):
                                 raise TimeoutError(f"{victim.pid} did not exit")
-                with asleep_here(threads, before) as victim:
-                    cost[threads].append(barring(victim))
+                cost[threads].append(barring(threads, before))
     finally:
         os.sched_setaffinity(0, before)
     shares = {
@@ -127,14 +126,25 @@ def by_mrelease(victim: lab.Process, boost: bool) -> bool:
     return result.outcome == "released" and result.attempts == 1
 
 
-def barring(victim: lab.Process) -> float:
-    before: dict[int, set[int]] = {}
-    with mrelease.Pidfd.open(victim) as pidfd:
+def barring(threads: int, cpus: set[int]) -> float:
+    """Seconds that the call takes longer with barring, on threads that are stopped."""
+    with (
+        victims.exit_stopped(1, threads=threads) as victim,
+        mrelease.Pidfd.open(victim) as pidfd,
+    ):
+        fd = pidfd.fileno()
+        # So that there is nothing left to release, and the calls' code is in the cache.
+        mrelease.kill_and_release(fd)
+        victim.wait_exit_stop()
+        bar_kill_and_release(fd, victim.pid)
+        for tid in victim.threads():
+            os.sched_setaffinity(tid, cpus)
         start = perf_counter()
-        _sched.bar(pidfd, before)
+        mrelease.kill_and_release(fd)
+        middle = perf_counter()
+        bar_kill_and_release(fd, victim.pid)
         end = perf_counter()
-        _sched.unbar(before)
-    return end - start
+    return (end - middle) - (middle - start)
 
 
 if __name__ == "__main__":

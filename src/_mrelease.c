@@ -293,37 +293,9 @@ kill_and_release(long pidfd, int *sent)
     return syscall(__NR_process_mrelease, pidfd, 0) < 0 ? errno : 0;
 }
 
-static PyObject *
-mrelease_kill_and_release(PyObject *Py_UNUSED(module), PyObject *arg)
-{
-    long pidfd;
-    int sent = 0;
-    int error;
-
-    if (convert_int(arg, "pidfd", &pidfd) < 0) {
-        return NULL;
-    }
-    do {
-        Py_BEGIN_ALLOW_THREADS
-        error = kill_and_release(pidfd, &sent);
-        Py_END_ALLOW_THREADS
-        // PEP 475; a signal that was sent is not sent again.
-        if (error == EINTR && PyErr_CheckSignals() < 0) {
-            return NULL;
-        }
-    } while (error == EINTR);
-    if (!sent) {
-        errno = error;
-        return PyErr_SetFromErrno(PyExc_OSError);
-    }
-    return PyLong_FromLong(error);
-}
-
-// ==== The same for the next one from a pipe ================================
-
-// As written to the pipe, by a Reaper.
+// Also as a Reaper writes it to a pipe.
 struct request {
-    int pidfd;  // negative: nothing, only wake up
+    int pidfd;  // there negative: nothing, only wake up
     int pid;    // whose threads to bar from this CPU, 0 for none
 };
 
@@ -380,17 +352,19 @@ has_exited(int pidfd)
     return poll(&exit, 1, 0) != 0;
 }
 
-/* Bar a process's threads from this CPU, as far as they may run on another and
-   the kernel allows it: see bar() of _sched.py.  Needs no GIL.
+/* Bar a process's threads from this CPU, as far as the kernel allows it.
+   Needs no GIL.
    Return a list to free(), of *count, for unbar(). */
 static struct barred *
 bar(const struct request *request, size_t *count)
 {
     size_t found;
     struct barred *threads = list_threads(request->pid, &found);
-    int cpu = sched_getcpu();
+    int cpu = sched_getcpu();  // late: the thread may move until it is used
 
     *count = 0;
+    // Looked at after they were listed, so that only a reuse of their ids
+    // within the next microseconds could be mistaken.
     if (cpu < 0 || has_exited(request->pidfd)) {
         found = 0;
     }
@@ -425,6 +399,97 @@ unbar(const struct barred *threads, size_t count)
     }
 }
 
+/* Let back and free those that were barred; not the threads of a process that
+   is dying, which may be another's as soon as it is reaped. */
+static void
+let_back(const struct request *request, struct barred *threads, size_t count,
+         int sent, int error)
+{
+    // Whoever has shown no memory may be a kernel thread, which lives on.
+    int is_dying = sent && (error == 0 || error == EAGAIN || error == EINVAL);
+    if (count > 0 && !is_dying && !has_exited(request->pidfd)) {
+        unbar(threads, count);
+    }
+    free(threads);
+}
+
+/* Do what a request asks for, with the GIL released, again after EINTR
+   (PEP 475); a signal that was sent is not sent again.
+   Return the errno of the release, or NULL with an exception set. */
+static PyObject *
+carry_out(const struct request *request)
+{
+    size_t count = 0;
+    struct barred *threads = NULL;
+    int is_first = 1;
+    int sent = 0;
+    int error;
+    int raised;
+
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        if (is_first && request->pid) {
+            threads = bar(request, &count);
+        }
+        error = kill_and_release(request->pidfd, &sent);
+        Py_END_ALLOW_THREADS
+        is_first = 0;
+        raised = error == EINTR && PyErr_CheckSignals() < 0;
+    } while (error == EINTR && !raised);
+    let_back(request, threads, count, sent, error);
+    if (raised) {
+        return NULL;
+    }
+    if (!sent) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    return PyLong_FromLong(error);
+}
+
+static PyObject *
+mrelease_kill_and_release(PyObject *Py_UNUSED(module), PyObject *arg)
+{
+    long pidfd;
+
+    if (convert_int(arg, "pidfd", &pidfd) < 0) {
+        return NULL;
+    }
+    const struct request request = {.pidfd = (int)pidfd};
+    return carry_out(&request);
+}
+
+PyDoc_STRVAR(mrelease_bar_kill_and_release_doc,
+"bar_kill_and_release($module, pidfd, pid, /)\n"
+"--\n"
+"\n"
+"Call kill_and_release() with the process barred from the caller's CPU.\n"
+"\n"
+"A victim that wakes up on this CPU would start its own exit before the\n"
+"release does.  So every thread of it is told to run elsewhere, as far as\n"
+"the caller may; nothing of that is left if the signal was not sent.  pid:\n"
+"that of the process, or 0 to bar nothing.\n"
+"\n"
+"Returns and raises as kill_and_release().  Thread-safe.");
+
+static PyObject *
+mrelease_bar_kill_and_release(PyObject *Py_UNUSED(module),
+                              PyObject *const *args, Py_ssize_t nargs)
+{
+    long pidfd;
+    long pid;
+
+    if (check_nargs("bar_kill_and_release", nargs, 2, 2) < 0
+        || convert_int(args[0], "pidfd", &pidfd) < 0
+        || convert_int(args[1], "pid", &pid) < 0) {
+        return NULL;
+    }
+    const struct request request = {.pidfd = (int)pidfd, .pid = (int)pid};
+    return carry_out(&request);
+}
+
+// ==== The same for the next one from a pipe ================================
+
 /* Do what a request asks for.  Needs no GIL.  Return as kill_and_release(). */
 static int
 serve(const struct request *request, int *sent)
@@ -436,11 +501,7 @@ serve(const struct request *request, int *sent)
     do {
         error = kill_and_release(request->pidfd, sent);
     } while (error == EINTR);
-    // A kernel thread, which has no memory, lives on.
-    if ((!*sent || error == ESRCH) && !has_exited(request->pidfd)) {
-        unbar(threads, count);
-    }
-    free(threads);
+    let_back(request, threads, count, *sent, error);
     return error;
 }
 
@@ -448,13 +509,12 @@ PyDoc_STRVAR(mrelease_kill_and_release_next_doc,
 "kill_and_release_next($module, pipe, /)\n"
 "--\n"
 "\n"
-"Wait for a request to come through a pipe, then kill_and_release().\n"
+"Wait for a request to come through a pipe, then bar_kill_and_release().\n"
 "\n"
 "A thread that waits here kills as soon as it is told to, however busy\n"
 "other threads keep the GIL: it is taken back when all is done.  A request\n"
-"is two ints in the machine's own format: a pidfd, negative only to wake\n"
-"up, and the pid of its process, to bar its threads from this CPU before,\n"
-"or 0.\n"
+"is two ints in the machine's own format, the arguments; a negative pidfd\n"
+"only wakes it up.\n"
 "\n"
 "Returns (pidfd, sent, errno): whether SIGKILL was sent, and the errno of\n"
 "the release, or that of the signal if it was not; pidfd is negative if\n"
@@ -552,6 +612,8 @@ static PyMethodDef methods[] = {
      mrelease_process_mrelease_doc},
     {"kill_and_release", mrelease_kill_and_release, METH_O,
      mrelease_kill_and_release_doc},
+    {"bar_kill_and_release", FASTCALL(mrelease_bar_kill_and_release),
+     METH_FASTCALL, mrelease_bar_kill_and_release_doc},
     {"kill_and_release_next", mrelease_kill_and_release_next, METH_O,
      mrelease_kill_and_release_next_doc},
     {"getcpu", mrelease_getcpu, METH_NOARGS, mrelease_getcpu_doc},

@@ -274,6 +274,10 @@ def calls(world: World) -> dict[str, Call]:
             ),
         ),
         "kill_and_release": Call(_mrelease.kill_and_release, (anything(descriptors),)),
+        "bar_kill_and_release": Call(
+            _mrelease.bar_kill_and_release,
+            (anything(descriptors), anything(no_pid) | ours),
+        ),
         "kill_and_release_next": Call(
             _mrelease.kill_and_release_next, (anything(no_pid),)
         ),

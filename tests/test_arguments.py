@@ -14,6 +14,7 @@ COUNTS = {
     "pidfd_send_signal": (2, 3),
     "process_mrelease": (1, 2),
     "kill_and_release": (1, 1),
+    "bar_kill_and_release": (2, 2),
     "kill_and_release_next": (1, 1),
     "getcpu": (0, 0),
     "mlockall": (1, 1),

@@ -202,14 +202,14 @@ def rained_on(pids: list[int], *, raises: bool) -> tuple[int, int]:
     # A kill takes less than 1 ms: the first drop falls early, and each time elsewhere.
     firsts = itertools.cycle(number * 7e-6 for number in range(1, 100))
     for pid, way in zip(pids, itertools.cycle(WAYS.values())):
-        result = None
-        while result is None:
-            first = next(firsts)
+        for tries in itertools.count(1):
             armed = True
             try:
-                signal.setitimer(signal.ITIMER_REAL, first, 0.001)
+                # Later from try to try, as a slow machine would never get to the end.
+                signal.setitimer(signal.ITIMER_REAL, tries * next(firsts), 0.001)
                 result = way(pid)
                 armed = False
+                break
             except Drop:
                 raised += 1
             finally:

@@ -19,6 +19,7 @@ import victims
 from calls import C_FUNCTIONS, killed_next, opened
 from mrelease import _mrelease
 from mrelease._mrelease import (
+    bar_kill_and_release,
     getcpu,
     kill_and_release,
     kill_and_release_next,
@@ -75,7 +76,7 @@ def wrong(function: Callable[..., object], number: int) -> list[Callable[[], obj
     return calls
 
 
-def calls_of(name: str, pidfd: int) -> list[Callable[[], object]]:
+def calls_of(name: str, pidfd: int, pid: int) -> list[Callable[[], object]]:
     """All the ways to call a C function: what it returns, and what it raises."""
     gone = victims.reaped_pid()
     null = 1 << 20  # no descriptor
@@ -107,6 +108,12 @@ def calls_of(name: str, pidfd: int) -> list[Callable[[], object]]:
             lambda: kill_and_release(Number(pidfd)),
             lambda: kill_and_release(Number(null)),
             *wrong(kill_and_release, 1),
+        ],
+        "bar_kill_and_release": [
+            lambda: bar_kill_and_release(Number(pidfd), Number(pid)),
+            lambda: bar_kill_and_release(Number(pidfd), Number(gone)),
+            lambda: bar_kill_and_release(Number(null), 0),
+            *wrong(bar_kill_and_release, 2),
         ],
         "kill_and_release_next": [
             lambda: killed_next(pidfd),
@@ -158,7 +165,7 @@ def measured(name: str) -> list[dict[str, int]]:
     """A child may lock its memory, and is in nobody's way."""
     # Stopped in its exit, it can be killed and released again and again.
     with victims.exit_stopped(1) as victim, opened(victim.pid) as pidfd:
-        victim_calls = calls_of(name, pidfd)
+        victim_calls = calls_of(name, pidfd, victim.pid)
         return victims.apart(lambda: grown(victim_calls))
 
 

@@ -88,6 +88,7 @@ SIGNATURES = {
     "pidfd_send_signal": "(pidfd, signal, flags=0, /)",
     "process_mrelease": "(pidfd, flags=0, /)",
     "kill_and_release": "(pidfd, /)",
+    "bar_kill_and_release": "(pidfd, pid, /)",
     "kill_and_release_next": "(pipe, /)",
     "getcpu": "()",
     "mlockall": "(flags, /)",

@@ -1,4 +1,4 @@
-"""Barring and boosting a victim's threads."""
+"""Barring and boosting a victim's threads, and whether a CPU is idle."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import errno
 import os
 import resource
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import victims
-from calls import killed_next, run_python
+from calls import errno_of, killed_next, run_python
 from mrelease import Pidfd, _proc, _sched, kill, kill_and_release
+from mrelease._mrelease import bar_kill_and_release
 
 
 def affinities(victim: victims.Victim) -> list[set[int]]:
     return [os.sched_getaffinity(tid) for tid in victim.threads()]
 
 
-def bar(victim: victims.Victim) -> dict[int, set[int]]:
-    before: dict[int, set[int]] = {}
-    with Pidfd.open(victim.pid) as pidfd:
-        _sched.bar(pidfd, before)
-    return before
+def kill_and_release_barred(pidfd: Pidfd) -> int:
+    return bar_kill_and_release(pidfd.fileno(), pidfd.pid)
+
+
+def kill_and_release_as_a_worker(pidfd: Pidfd) -> int:
+    return killed_next(pidfd.fileno(), pidfd.pid)[2]
+
+
+either = pytest.mark.parametrize(
+    "kill_barred", [kill_and_release_barred, kill_and_release_as_a_worker]
+)
 
 
 @pytest.fixture
@@ -37,47 +43,90 @@ def cpu() -> Iterator[int]:
     os.sched_setaffinity(0, before)
 
 
-@pytest.mark.needs("cpus")
-def test_every_thread_is_barred_from_the_cpu_and_let_back(cpu: int) -> None:
-    with victims.victim(1, threads=3) as victim:
+@pytest.mark.needs("cpus", "release")
+@either
+def test_every_thread_is_barred_from_the_cpu(
+    kill_barred: Callable[[Pidfd], int], cpu: int
+) -> None:
+    with (
+        victims.exit_stopped(4, threads=80) as victim,
+        Pidfd.open(victim.pid) as pidfd,
+    ):
         for tid in victim.threads():
             os.sched_setaffinity(tid, range(1024))
         cpus = os.sched_getaffinity(victim.pid)
-        before = bar(victim)
-        assert affinities(victim) == [cpus - {cpu}] * 3
-        assert before == dict.fromkeys(victim.threads(), cpus)
-        _sched.unbar(before)
-        assert affinities(victim) == [cpus] * 3
+        # Else they end one by one while they are looked at.
+        os.kill(victim.pid, signal.SIGSTOP)
+        assert kill_barred(pidfd) == 0
+        victim.wait_exit_stop()
+        assert os.sched_getaffinity(victim.pid) == cpus - {cpu}
 
 
-@pytest.mark.needs("cpus")
-def test_a_thread_that_may_not_run_on_the_cpu_is_left_alone(cpu: int) -> None:
-    with victims.victim(1) as victim:
+@pytest.mark.needs("cpus", "release")
+@either
+def test_a_thread_that_may_not_run_on_the_cpu_is_left_alone(
+    kill_barred: Callable[[Pidfd], int], cpu: int
+) -> None:
+    with victims.exit_stopped(4) as victim, Pidfd.open(victim.pid) as pidfd:
         os.sched_setaffinity(victim.pid, range(1024))
         other = max(os.sched_getaffinity(victim.pid))
         os.sched_setaffinity(victim.pid, {other})
-        assert bar(victim) == {}
+        assert kill_barred(pidfd) == 0
+        victim.wait_exit_stop()
         assert affinities(victim) == [{other}]
 
 
-@pytest.mark.needs("cpus")
-def test_a_victim_pinned_to_the_cpu_gets_another(cpu: int) -> None:
-    with victims.victim(1) as victim:
+@pytest.mark.needs("cpus", "release")
+@either
+def test_a_victim_pinned_to_the_cpu_gets_another(
+    kill_barred: Callable[[Pidfd], int], cpu: int
+) -> None:
+    with victims.exit_stopped(4) as victim, Pidfd.open(victim.pid) as pidfd:
         os.sched_setaffinity(victim.pid, {cpu})
-        assert bar(victim) == {victim.pid: {cpu}}
+        assert kill_barred(pidfd) == 0
+        victim.wait_exit_stop()
         (affinity,) = affinities(victim)
         assert affinity
         assert cpu not in affinity
 
 
-def test_whoever_has_gone_is_left_alone() -> None:
-    before: dict[int, set[int]] = {}
+@pytest.mark.needs("cpus", "strace")
+def test_where_the_signal_is_refused_every_thread_is_let_back() -> None:
+    with victims.victim(1, threads=3) as victim:
+        before = affinities(victim)
+        # The first is the check, which sends no signal.
+        inject = "inject=pidfd_send_signal:error=EPERM:when=2"
+        calls = "-etrace=pidfd_send_signal,sched_setaffinity"
+        strace = ("strace", "-f", "-qq", calls, "-e", inject)
+        result = run_python(
+            f"from calls import errno_of; from mrelease import kill\n"
+            f"print(errno_of(kill, {victim.pid}))",
+            under=strace,
+        )
+        assert result.stdout == f"{errno.EPERM}\n"
+        assert result.stderr.count("sched_setaffinity") == 6  # barred, and let back
+        assert affinities(victim) == before
+        assert victim.state() == "S"
+
+
+@pytest.mark.needs("cpus")
+def test_nobody_is_barred_through_the_descriptor_of_another(cpu: int) -> None:
+    with victims.victim(1) as victim:
+        os.sched_setaffinity(victim.pid, range(1024))
+        before = affinities(victim)
+        unused = 1 << 20
+        assert killed_next(unused, victim.pid) == (unused, 0, errno.EBADF)
+        assert errno_of(bar_kill_and_release, unused, victim.pid) == errno.EBADF
+        with victims.zombie() as gone, Pidfd.open(gone.pid) as pidfd:
+            assert bar_kill_and_release(pidfd.fileno(), victim.pid) != 0
+        assert affinities(victim) == before
+        assert victim.state() == "S"
+
+
+def test_whoever_has_gone_is_not_boosted() -> None:
     with victims.victim(1) as victim, Pidfd.open(victim.pid) as pidfd:
         pidfd.send_signal(signal.SIGKILL)
         victim.reap()
-        _sched.bar(pidfd, before)
-        assert before == {}
-        _sched.unbar({victim.pid: {0}})
         _sched.boost(pidfd)
 
 
@@ -87,36 +136,6 @@ def test_a_zombies_id_is_not_boosted() -> None:
         os.setpriority(os.PRIO_PROCESS, victim.pid, 5)
         _sched.boost(pidfd)
         assert os.getpriority(os.PRIO_PROCESS, victim.pid) == 5
-
-
-@pytest.mark.needs("cpus", "strace")
-@pytest.mark.parametrize("call", ["sched_getaffinity", "sched_setaffinity"])
-@pytest.mark.parametrize("when", [1, 2, 3])
-def test_a_handler_that_raises_before_the_kill_leaves_the_victim_as_it_was(
-    call: str, when: int
-) -> None:
-    with victims.victim(1, threads=3) as victim:
-        before = affinities(victim)
-        program = f"""
-import signal
-from mrelease import kill
-def handler(*args):
-    raise ZeroDivisionError
-signal.signal(signal.SIGUSR1, handler)
-try:
-    kill({victim.pid})
-except ZeroDivisionError:
-    print("raised")
-"""
-        if call == "sched_getaffinity":
-            when += sys.version_info >= (3, 14)  # which makes it once as it starts
-        # The call succeeds, and the signal comes with it.
-        inject = f"inject={call}:signal=SIGUSR1:when={when}"
-        strace = ("strace", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
-        result = run_python(program, under=strace)
-        assert (result.stdout, result.stderr) == ("raised\n", "")
-        assert affinities(victim) == before
-        assert victim.state() == "S"
 
 
 @pytest.mark.needs("cpus", "release", "strace")
@@ -182,36 +201,6 @@ def test_the_nice_value_goes_as_low_as_the_victims_limit_allows() -> None:
         _sched.boost(pidfd)
         lowest = -20 if os.geteuid() == 0 else 20 - hard
         assert os.getpriority(os.PRIO_PROCESS, victim.pid) == lowest
-
-
-# ---- In the C of a Reaper's worker
-
-
-@pytest.mark.needs("cpus", "release")
-def test_a_worker_bars_every_thread_and_leaves_them_barred(cpu: int) -> None:
-    with (
-        victims.exit_stopped(4, threads=80) as victim,
-        Pidfd.open(victim.pid) as pidfd,
-    ):
-        for tid in victim.threads():
-            os.sched_setaffinity(tid, range(1024))
-        cpus = os.sched_getaffinity(victim.pid)
-        # Else they end one by one while they are looked at.
-        os.kill(victim.pid, signal.SIGSTOP)
-        assert killed_next(pidfd.fileno(), victim.pid) == (pidfd.fileno(), 1, 0)
-        victim.wait_exit_stop()
-        assert os.sched_getaffinity(victim.pid) == cpus - {cpu}
-
-
-@pytest.mark.needs("cpus")
-def test_a_worker_bars_nobody_through_another_descriptor(cpu: int) -> None:
-    with victims.victim(1) as victim:
-        os.sched_setaffinity(victim.pid, range(1024))
-        before = affinities(victim)
-        unused = 1 << 20
-        assert killed_next(unused, victim.pid) == (unused, 0, errno.EBADF)
-        assert affinities(victim) == before
-        assert victim.state() == "S"
 
 
 # ---- Idle CPUs

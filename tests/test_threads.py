@@ -21,6 +21,7 @@ import victims
 from calls import C_FUNCTIONS, killed_next, opened, run_python
 from mrelease import KillResult, Pidfd, Reaper, _mrelease, kill_all, kill_tree
 from mrelease._mrelease import (
+    bar_kill_and_release,
     getcpu,
     kill_and_release,
     kill_and_release_next,
@@ -61,11 +62,16 @@ def members(crowd: victims.Family, stack: ExitStack) -> list[Pidfd]:
 # ---- The C functions
 
 
-def ways(pidfd: int) -> dict[str, list[Way]]:
+def ways(pidfd: int, pid: int) -> dict[str, list[Way]]:
     """Calls of each C function, and what comes of them if this one is in its exit."""
     cpus, own, unused = os.sched_getaffinity(0), os.getpid(), 1 << 20
     wrong: Any = "1"
     return {
+        "bar_kill_and_release": [
+            (lambda: bar_kill_and_release(pidfd, pid), 0),
+            (lambda: bar_kill_and_release(unused, pid), errno.EBADF),
+            (lambda: bar_kill_and_release(pidfd, wrong), TypeError),
+        ],
         "getcpu": [
             (lambda: getcpu() in cpus, True),
             (lambda: getcpu(*[0]), TypeError),
@@ -126,7 +132,7 @@ def test_every_c_function_at_once_on_the_same_and_on_own_pidfds(long: bool) -> N
             done = 0
             with opened(victim.pid) as own:
                 for turn in range(rounds):
-                    found = [ways(pidfd) for pidfd in (shared, own)]
+                    found = [ways(pidfd, victim.pid) for pidfd in (shared, own)]
                     # Each thread begins with another function, and goes on to the next.
                     for step in range(len(C_FUNCTIONS)):
                         name = C_FUNCTIONS[(number + turn + step) % len(C_FUNCTIONS)]
@@ -140,7 +146,7 @@ def test_every_c_function_at_once_on_the_same_and_on_own_pidfds(long: bool) -> N
         assert together(kills) == [0] * THREADS
         victim.wait_exit_stop()
         done = together([partial(run, n) for n in range(THREADS)])
-        assert set(done) == {rounds * sum(2 * len(way) for way in ways(0).values())}
+        assert set(done) == {rounds * sum(2 * len(way) for way in ways(0, 0).values())}
 
 
 def test_every_name_is_first_asked_for_by_many_threads() -> None:

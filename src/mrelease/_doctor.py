@@ -72,7 +72,7 @@ def examine() -> tuple[dict[str, object], dict[str, str]]:
 
 
 def _try_scheduling() -> None:
-    """What bar() and boost() do, on the caller itself, without an effect."""
+    """What barring and boost() do, on the caller itself, without an effect."""
     os.sched_setaffinity(0, os.sched_getaffinity(0))
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0))
     try:

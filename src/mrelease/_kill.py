@@ -7,9 +7,9 @@ from errno import EAGAIN, EBADF, EINVAL, ENOSYS, ESRCH
 from time import monotonic
 
 from . import _proc
-from ._mrelease import kill_and_release, process_mrelease
+from ._mrelease import bar_kill_and_release, process_mrelease
 from ._pidfd import INFINITY, Pidfd, poll_exited, seconds
-from ._sched import bar, boost, unbar
+from ._sched import boost
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -383,23 +383,16 @@ class Sequence:
             self.hurry()
             return
         self.begin()
-        before: dict[int, set[int]] = {}
+        # Its priority is not touched before: it might starve the caller.
+        pid = self.pidfd.pid if self.options.boost else 0
         try:
-            if self.options.boost:
-                # A victim that wakes up on this CPU starts its own exit before the
-                # release does. Its priority is not touched yet: it might starve the
-                # caller.
-                bar(self.pidfd, before)
-            errno = kill_and_release(self.pidfd.fileno())
+            errno = bar_kill_and_release(self.pidfd.fileno(), pid)
         except BaseException as error:
             self._undo()
-            exited = self.pidfd.exited
-            if not exited:  # else its threads' ids may be others' by now
-                unbar(before)
-            if not (exited and isinstance(error, ProcessLookupError)):
+            if not (isinstance(error, ProcessLookupError) and self.pidfd.exited):
                 raise  # else it has been reaped since it was checked
         else:
-            self._released(errno, before)
+            self._released(errno)
 
     def begin(self) -> None:
         """Note that SIGKILL and a release are about to be sent, in one call.
@@ -413,7 +406,7 @@ class Sequence:
     def end(self, sent: bool, errno: int) -> None:
         """Take the answer to what was begun; raise if SIGKILL could not be sent."""
         if sent:
-            self._released(errno, {})
+            self._released(errno)
             return
         self._undo()
         if errno != ESRCH or not self.pidfd.exited:
@@ -423,10 +416,9 @@ class Sequence:
         self.signal = self._asked
         self.attempts = 0
 
-    def _released(self, errno: int, before: dict[int, set[int]]) -> None:
+    def _released(self, errno: int) -> None:
         self._answered(errno)
-        if self.options.boost:
-            self._boost(before)
+        self.hurry()
 
     def send(self) -> None:
         """Send SIGKILL alone, and make the release due."""
@@ -452,8 +444,13 @@ class Sequence:
 
     def hurry(self) -> None:
         """After SIGKILL: hurry it through its exit, if that was asked for."""
-        if self.options.boost:
-            self._boost({})
+        if not self.options.boost:
+            return
+        # Whoever has shown no memory may be a kernel thread, which never had any and
+        # ignores SIGKILL: that one keeps the scheduling it had.
+        is_sure = self.errno is not None and self.errno in (0, *_PASSING)
+        if is_sure or not _proc.is_kernel_thread(self.pidfd.pid):
+            boost(self.pidfd)
 
     def release(self) -> None:
         """Release, without a signal."""
@@ -510,15 +507,6 @@ class Sequence:
         except BaseException:
             self.signal = last
             raise
-
-    def _boost(self, before: dict[int, set[int]]) -> None:
-        # Whoever has no memory may be a kernel thread, which never had any and ignores
-        # SIGKILL: that one keeps the scheduling it had.
-        unsure = self.errno == ESRCH or not self.attempts
-        if unsure and _proc.is_kernel_thread(self.pidfd.pid):
-            unbar(before)
-        else:
-            boost(self.pidfd)
 
     def _answered(self, errno: int) -> None:
         self.errno = errno

@@ -1,8 +1,7 @@
-"""Scheduling: keep a victim off the caller's CPU, then hurry it through its exit.
+"""Scheduling: hurry a victim through its exit, and prepare the caller itself.
 
 Every step is best effort: what the kernel refuses is left as it is, for want of
-privilege (CAP_SYS_NICE, or the same user) or because the thread has ended. And harden()
-prepares the caller itself.
+privilege (CAP_SYS_NICE, or the same user) or because the thread has ended.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 from _operator import index
 
-from ._mrelease import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, getcpu, mlockall
+from ._mrelease import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, mlockall
 from ._pidfd import Pidfd
 from ._proc import fields, threads
 
@@ -111,37 +110,6 @@ def _set_nice(nice: int) -> None:
 def _set_oom_score_adj(adjustment: int) -> None:
     with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
         file.write(b"%d" % adjustment)
-
-
-def bar(pidfd: Pidfd, before: dict[int, set[int]]) -> None:
-    """Bar every thread of a process from the caller's CPU, if it may run on another.
-
-    before gets the CPUs that each thread could run on, for unbar(): ahead of the
-    change, as an exception may come at any moment.
-    """
-    tids = _threads(pidfd)
-    try:
-        cpu = getcpu()  # late, as the caller may move whenever it gives up the GIL
-    except OSError:
-        return
-    for tid in tids:
-        try:
-            allowed = os.sched_getaffinity(tid)
-            if cpu in allowed:
-                before[tid] = allowed
-                os.sched_setaffinity(tid, allowed - {cpu} or _every_cpu() - {cpu})
-        # The module says why. OverflowError is what Python makes of EINVAL.
-        except (OSError, OverflowError):
-            continue
-
-
-def unbar(before: dict[int, set[int]]) -> None:
-    """Undo bar()."""
-    for tid, allowed in before.items():
-        try:
-            os.sched_setaffinity(tid, allowed)
-        except OSError:  # the module says why
-            continue
 
 
 def boost(pidfd: Pidfd) -> None:
