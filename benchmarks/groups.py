@@ -4,7 +4,8 @@
 
 Eight victims on a quiet machine; four at nice 19 beside two spinners on each CPU; a
 thousand small ones; and what a process costs in crowds of ten to three thousand. All
-ways are run in turn; ratios are to cgroup.kill. Needs root and a cgroup v2.
+ways are run in turn; ratios are to cgroup.kill. The C program and kill_all() have their
+pidfds open before the decision. Needs root and a cgroup v2.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ def by_kill_cgroup(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
 @contextmanager
 def by_kill_all(cgroup: Path, pids: list[int]) -> Iterator[Kill]:
     kill_all = mrelease.kill_all
+    with ExitStack() as stack:
+        pidfds = [stack.enter_context(mrelease.Pidfd.open(pid)) for pid in pids]
 
-    def kill() -> None:
-        kill_all(pids, timeout=lab.LIMIT)
+        def kill() -> None:
+            kill_all(pidfds, timeout=lab.LIMIT)
 
-    yield kill
+        yield kill
 
 
 WAYS = {

@@ -9,7 +9,7 @@ from functools import partial
 from time import monotonic, sleep
 
 from . import _proc
-from ._kill import KillResult, Options, Sequence, check_victim, finish
+from ._kill import KillResult, Options, Sequence, check_pid, finish
 from ._pidfd import Pidfd, pid_of, poll_exited
 from ._proc import NO_DESCRIPTOR
 
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 _MOST = 1024
 _PATIENCE = 0.05  # seconds that the next kills may wait for room
 CROWD = 64  # of so many each has a small part of the memory
-# Seconds in which some of a crowd exit where nothing is starved; what is left then.
+# Seconds in which, where nothing is starved, some of a crowd exit; what is then left of
+# it; and the part of the CPUs' time that a few use in that.
 _MOMENT = 0.005
 _SLOW = 15 / 16
+_BUSY = 1 / 2
 
 
 def kill_all(
@@ -38,9 +40,10 @@ def kill_all(
 
     Each is released before the next is killed, as starved processes come back sooner
     so; where each of them could have a CPU that is idle, all are killed at once, and
-    then released. The options are kill()'s; the waiting, up to timeout seconds from a
-    process's SIGKILL, is for all of them together, after the last kill. Targets beyond
-    a quarter of RLIMIT_NOFILE come after those before them, whatever their size.
+    those are released that do not exit by themselves in good time. The options are
+    kill()'s; the waiting, up to timeout seconds from a process's SIGKILL, is for all of
+    them together, after the last kill. Targets beyond a quarter of RLIMIT_NOFILE come
+    after those before them, whatever their size.
 
     Returns one result a target, in order. One that cannot be opened or killed gives
     its exception, and the rest are still killed; what kill() refuses with ValueError
@@ -111,14 +114,16 @@ class Batch:
     def flush(self) -> None:
         """Kill and release what was added, the largest first."""
         queued, self._queued = self._queued, []
-        for sequence in [s for s in queued if not s.to_kill]:
-            if self.options.measure:
+        killed = [s for s in queued if not s.to_kill]
+        if self.options.measure:
+            for sequence in killed:
                 sequence.weigh()
+        for sequence in self._let_exit(killed):
             self._try(sequence, sequence.help_out)
         to_kill = [
             s
             for s in queued
-            if s.to_kill and self._try(s, partial(check_victim, s.pidfd))
+            if s.to_kill and self._try(s, partial(check_pid, s.pidfd.pid))
         ]
         # Where nothing is starved, they free their memory themselves, side by side.
         pids = [s.pidfd.pid for s in to_kill]
@@ -151,12 +156,10 @@ class Batch:
 
     def _kill_at_once(self, sequences: list[Sequence]) -> None:
         """Kill all, then release those that need it."""
-        is_crowd = len(sequences) > CROWD
-        if self.options.measure or not is_crowd:
+        if self.options.measure or len(sequences) <= CROWD:
             sequences = _largest_first(sequences)
         sent = [s for s in sequences if self._try(s, s.send)]
-        left = self._let_exit(sent) if is_crowd else sent
-        for sequence in left:
+        for sequence in self._let_exit(sent):
             # The release of a stuck one, which might block, comes when all are done.
             is_stuck = _proc.stuck(sequence.pidfd.pid)
             help_out = sequence.hurry if is_stuck else sequence.help_out
@@ -164,7 +167,11 @@ class Batch:
                 self._report(sequence)
 
     def _let_exit(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Wait while a crowd exits by itself; return those that have not."""
+        """Wait while they exit by themselves, side by side; return those that have not.
+
+        That is a crowd of which many exit in each short while, or more than there are
+        CPUs that keep these busy: a release would take its CPU from another's exit.
+        """
 
         def look() -> int:
             nonlocal sequences
@@ -174,6 +181,15 @@ class Batch:
             return len(sequences)
 
         wait_while_fewer(look)
+        cpus = len(os.sched_getaffinity(0))
+        while len(sequences) > cpus:
+            number, pids = len(sequences), [s.pidfd.pid for s in sequences]
+            start, before = monotonic(), sum(map(_proc.run_time, pids))
+            sleep(_MOMENT)
+            if look() == number:
+                ran = (sum(map(_proc.run_time, pids)) - before) / 1e9
+                if ran < _BUSY * cpus * (monotonic() - start):
+                    break
         return sequences
 
     def finish(self) -> None:

@@ -36,6 +36,9 @@ _PATIENCE_BYTE = 1 / 2**30
 # Rounds in which nobody could be killed, though others were there than before: they are
 # not ours to kill. One that forks and exits all the time is missed in most rounds.
 _IDLE_ROUNDS = 1000
+# Rounds in a row that show nobody new, until that is believed: a list may miss one that
+# is forked while the kernel makes it.
+_STILL_ROUNDS = 10
 _PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
 
 
@@ -60,9 +63,9 @@ def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
 def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]:
     """Kill all processes in a cgroup and below it, v1 or v2, and free their memory.
 
-    The large ones are killed and released first, as by kill_all(); then cgroup.kill
-    (v2, Linux 5.14) ends the rest, whatever it forks, and that is released. A crowd is
-    left to cgroup.kill as a whole where there are idle CPUs. Where cgroup.kill is
+    The large ones are killed and released first; then cgroup.kill (v2, Linux 5.14) ends
+    the rest, whatever it forks, and that is released. Where there are idle CPUs all are
+    left to cgroup.kill, unless they are to be measured. Where cgroup.kill is
     missing or not permitted, processes are killed until none is left, and those that
     fork meanwhile are stopped first.
 
@@ -199,8 +202,8 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
     """Kill and release the large ones, the largest first, for a reasonable time."""
     try:
         found = [(part, pid) for part in cgroup.walk() for pid in part.pids()]
-        at_once = _proc.has_idle_cpu(pid for _, pid in found)
-        if at_once and len(found) > CROWD and not batch.options.measure:
+        at_once = _proc.has_idle_cpu([pid for _, pid in found])
+        if at_once and not batch.options.measure:
             return  # nothing is starved: cgroup.kill is the sooner
         end = monotonic() + _PATIENCE + len(found) * _PATIENCE_PROCESS
         sizes: dict[tuple[Cgroup, int], int] = {}
@@ -290,14 +293,13 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
     """Kill until nobody is left who is not dying."""
     with Stops() as stops:
         known: set[tuple[int, int | None]] = set()
-        idle = 0
-        while idle < _IDLE_ROUNDS:
+        idle = still = 0
+        while idle < _IDLE_ROUNDS and still < _STILL_ROUNDS:
             idle = 0 if _kill_living(cgroup, batch) else idle + 1
             # Whoever was not there before was forked meanwhile, perhaps by one that
             # has ended by itself since it was listed.
             present = batch.open(_present, cgroup)
-            if idle and present <= known:
-                break
+            still = still + 1 if idle and present <= known else 0
             known = present
             # If those who fork were killed one by one, others might fill their places
             # in the meantime.

@@ -281,11 +281,16 @@ def _release(sequence: Sequence) -> KillResult:
 
 def check_victim(pidfd: Pidfd) -> None:
     """Raise, with nothing touched, unless this process may be killed."""
-    if pidfd.pid == 1:
-        raise ValueError("refusing to kill pid 1, the init process")
-    if pidfd.pid == os.getpid():
-        raise ValueError(f"refusing to kill the calling process, {pidfd.pid}")
+    check_pid(pidfd.pid)
     pidfd.send_signal(0)
+
+
+def check_pid(pid: int) -> None:
+    """Raise ValueError for those that are never killed."""
+    if pid == 1:
+        raise ValueError("refusing to kill pid 1, the init process")
+    if pid == os.getpid():
+        raise ValueError(f"refusing to kill the calling process, {pid}")
 
 
 class Options:
