@@ -11,6 +11,7 @@ pidfds open before the decision. Needs root and a cgroup v2.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,6 +87,8 @@ WAYS = {
 
 def run(options: Options) -> Report:
     check()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     report = Report(
         "groups",
         "many victims at once",
