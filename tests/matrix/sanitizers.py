@@ -35,13 +35,13 @@ int broken(void) {
 """
 
 # What cannot be with it: limits of addresses, of which it takes terabytes, and all of
-# them locked; memory that stays as it is; a thread that allocates while another forks;
+# them locked, as the example's guard does, too; memory that stays as it is; a thread that allocates while another forks;
 # its own options without /proc.
 NOT_WITH_ASAN = " and ".join(
     f"not {name}"
     for name in (
         *("address_space", "cannot_be", "mlockall", "test_fuzz", "test_harden"),
-        *("test_endurance", "forked_at_any", "/proc]"),
+        *("test_endurance", "test_examples", "forked_at_any", "/proc]"),
     )
 )
 
