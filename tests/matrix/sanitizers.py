@@ -35,8 +35,8 @@ int broken(void) {
 """
 
 # What cannot be with it: limits of addresses, of which it takes terabytes, and all of
-# them locked, as the example's guard does, too; memory that stays as it is; a thread that allocates while another forks;
-# its own options without /proc.
+# them locked, as the example's guard does, too; memory that stays as it is; a thread
+# that allocates while another forks; its own options without /proc.
 NOT_WITH_ASAN = " and ".join(
     f"not {name}"
     for name in (
