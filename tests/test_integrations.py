@@ -5,17 +5,21 @@ The hooks are the files of examples/, which docs/integrations.md shows.
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -278,3 +282,85 @@ with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
 """.replace("WAIT", "1" if program == "deaf" else "30")
     )
     assert result.stdout.split() == [str(status)], result.stderr
+
+
+# No proxy is started: the hub is asked directly.
+HUB = """
+import sys
+from jupyterhub.proxy import Proxy
+from jupyterhub_spawner import ReleasingSpawner
+
+class NoProxy(Proxy):
+    should_start = False
+    routes = {}
+    async def add_route(self, routespec, target, data):
+        self.routes[routespec] = dict(routespec=routespec, target=target, data=data)
+    async def delete_route(self, routespec):
+        self.routes.pop(routespec, None)
+    async def get_all_routes(self):
+        return self.routes
+
+c.JupyterHub.proxy_class = NoProxy
+c.JupyterHub.hub_port = PORT
+c.JupyterHub.authenticator_class = "dummy"
+c.Authenticator.allow_all = True
+c.JupyterHub.services = [{"name": "test", "api_token": "TOKEN"}]
+c.JupyterHub.load_roles = [
+    {"name": "test", "scopes": ["admin:users", "admin:servers"], "services": ["test"]}
+]
+c.JupyterHub.spawner_class = ReleasingSpawner
+c.Spawner.cmd = [sys.executable, "FOLDER/single.py"]
+c.Spawner.interrupt_timeout = c.Spawner.term_timeout = 1
+"""
+SINGLE = """
+import http.server, os, sys, urllib.parse
+from pathlib import Path
+from typing import Any
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("X-JupyterHub-Version", "6")
+        self.end_headers()
+
+port = urllib.parse.urlsplit(os.environ["JUPYTERHUB_SERVICE_URL"]).port
+Path(__file__).with_name("pid").write_text(str(os.getpid()))
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.needs("jupyterhub", "release")
+def test_a_jupyterhub_stops_a_server_that_is_deaf(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    token = secrets.token_hex()
+    text = HUB.replace("PORT", str(port)).replace("TOKEN", token)
+    write(tmp_path / "jupyterhub_config.py", text.replace("FOLDER", str(tmp_path)))
+    write(tmp_path / "single.py", DEAF + SINGLE)
+    user = f"http://127.0.0.1:{port}/hub/api/users/{getpass.getuser()}"
+
+    def ask(method: str, url: str) -> tuple[int, Any]:
+        """The status, and what came with it."""
+        headers = {"Authorization": f"token {token}"}
+        request = urllib.request.Request(url, method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read() or "null")
+
+    def is_up() -> bool:
+        return bool(ask("GET", user)[1]["servers"].get("", {}).get("ready"))
+
+    with server(tmp_path, "jupyterhub") as log:
+        wait_for_line(log, re.compile("JupyterHub is now running"))
+        assert ask("POST", user)[0] == 201
+        assert ask("POST", f"{user}/server")[0] in (201, 202)
+        _until(is_up, "the server to be up")
+        victim = (tmp_path / "pid").read_text()
+        assert ask("DELETE", f"{user}/server")[0] in (202, 204)
+        assert wait_for_line(log, BACK).groups() == (victim, "9")
+        _until(lambda: not is_up(), "the hub to know that it is down")
+        assert not Path("/proc", victim).exists()
+        assert ask("POST", f"{user}/server")[0] in (201, 202)
+        _until(is_up, "another server to be up")
+        assert (tmp_path / "pid").read_text() != victim
+        assert ask("DELETE", f"{user}/server")[0] in (202, 204)
+        _until(lambda: not is_up(), "the hub to know that it is down")
