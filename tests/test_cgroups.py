@@ -452,6 +452,18 @@ def test_every_option_of_kill_is_taken(kind: Kind) -> None:
             assert result.freed >= 16 * MIB
 
 
+@needs_release
+@pytest.mark.usefixtures("idle")
+@both
+def test_before_they_have_settled_none_is_released(kind: Kind) -> None:
+    with cgroup(kind) as path, victims.exit_stopped(8) as victim:
+        enter(path, victim.pid)
+        (result,) = kill_cgroup(path, settle=60, timeout=0)
+        assert (result.outcome, result.attempts) == ("exiting", 0)
+        (result,) = kill_cgroup(path, settle=0.01, timeout=60)
+        assert (result.outcome, result.attempts) == ("released", 1)
+
+
 @both
 def test_it_is_found_by_every_name(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -255,19 +255,21 @@ def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> in
 
 
 def _add_killed(cgroup: Cgroup, batch: Batch) -> list[int]:
-    """Have whom cgroup.kill has killed released; return who has joined since."""
+    """Have whom somebody else has killed released; return who is not dying."""
     begun = {sequence.pidfd.pid for sequence in batch.begun}
-    joined: list[int] = []
+    living: list[int] = []
     for part in cgroup.walk():
         for pid in part.pids():
-            if pid in begun or not (pidfd := batch.open(part.open, pid)):
+            if pid in begun or _proc.is_kernel_thread(pid):
                 continue
-            if _proc.dying(pid) is False and not _proc.is_kernel_thread(pid):
+            if not (pidfd := batch.open(part.open, pid)):
+                continue
+            if _proc.dying(pid) is False:
                 pidfd.close()
-                joined.append(pid)
+                living.append(pid)
             else:
                 batch.add(pidfd, killed=True)
-    return joined
+    return living
 
 
 def _rest(
@@ -280,13 +282,18 @@ def _rest(
         if error.errno not in NO_DESCRIPTOR:
             raise
         left = pids
-    return [
-        unopened(pid, options, "exiting", signal=SIGKILL, errno=lacking)
-        if pid in left
-        # Whoever is not listed any more has let go of its memory, and it is back.
-        else unopened(pid, options, "exited", signal=SIGKILL)
-        for pid in pids
-    ]
+    results: list[KillResult] = []
+    for pid in pids:
+        if pid not in left:
+            # It has let go of its memory, and that is back.
+            results.append(unopened(pid, options, "exited", signal=SIGKILL))
+        elif _proc.is_kernel_thread(pid):
+            results.append(unopened(pid, options, "alive", errno=EPERM))
+        else:
+            results.append(
+                unopened(pid, options, "exiting", signal=SIGKILL, errno=lacking)
+            )
+    return results
 
 
 def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[KillResult]:
@@ -306,6 +313,7 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
             while _stop_living(cgroup, batch, stops):
                 pass
         _forget_killed(stops, batch)
+    _add_killed(cgroup, batch)
     batch.finish()
     results = batch.killed(batch.begun)
     begun = {sequence.pidfd.pid for sequence in batch.begun}
