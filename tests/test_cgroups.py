@@ -19,7 +19,7 @@ import cgroups
 import victims
 from calls import run_python
 from cgroups import Kind, cgroup, enter
-from mrelease import KillResult, Pidfd, _groups, cgroup_pidfds, kill, kill_cgroup
+from mrelease import KillResult, Pidfd, _groups, _proc, cgroup_pidfds, kill, kill_cgroup
 from victims import NOBODY, apart
 
 MIB = 1 << 20
@@ -450,6 +450,40 @@ def test_every_option_of_kill_is_taken(kind: Kind) -> None:
             assert (result.outcome, result.attempts) == ("exited", 0)
             assert result.freed is not None
             assert result.freed >= 16 * MIB
+
+
+@pytest.mark.needs("root")
+@pytest.mark.usefixtures("idle")
+@both
+def test_a_kernel_thread_is_left_as_it_is(kind: Kind) -> None:
+    with cgroup(kind) as path, members(path) as pids, kernel_thread(path) as thread:
+        cpus = os.sched_getaffinity(thread)
+        nice = os.getpriority(os.PRIO_PROCESS, thread)
+        results = kill_cgroup(path, wait=True, timeout=60)
+        (left,) = [result for result in results if result.pid == thread]
+        results.remove(left)
+        assert killed(results) == pids
+        assert (left.outcome, left.signal, left.errno) == ("alive", None, errno.EPERM)
+        assert os.sched_getaffinity(thread) == cpus
+        assert os.getpriority(os.PRIO_PROCESS, thread) == nice
+
+
+@contextmanager
+def kernel_thread(path: Path) -> Iterator[int]:
+    """One that the kernel lets move into a cgroup, and back when all is done."""
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        if not _proc.is_kernel_thread(pid):
+            continue
+        try:
+            enter(path, pid)
+        except OSError:  # it is bound to its cgroup
+            continue
+        try:
+            yield pid
+        finally:
+            enter(path.parent, pid)
+        return
+    pytest.skip("needs a kernel thread that may be moved")
 
 
 @needs_release
