@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 _MOST = 1024
 _PATIENCE = 0.05  # seconds that the next kills may wait for room
 CROWD = 64  # of so many each has a small part of the memory
-# Seconds in which, where nothing is starved, some of a crowd exit; what is then left of
-# it; and the part of the CPUs' time that a few use in that.
+# Seconds in which some of a crowd exit where nothing is starved; then so much is left.
 _MOMENT = 0.005
 _SLOW = 15 / 16
+# Seconds in which a few use this part of the CPUs' time, as the kernel counts it: not
+# less, as it counts at each tick, of 1 to 10 ms.
+_SPELL = 0.02
 _BUSY = 1 / 2
 
 
@@ -172,24 +174,25 @@ class Batch:
         That is a crowd of which many exit in each short while, or more than there are
         CPUs that keep these busy: a release would take its CPU from another's exit.
         """
+        until = min((sequence.deadline for sequence in sequences), default=0.0)
+        cpus = len(os.sched_getaffinity(0))
 
-        def look() -> int:
+        def look(timeout: float = 0) -> int:
             nonlocal sequences
-            exited = {*poll_exited([s.pidfd for s in sequences], 0)}
+            exited = {*poll_exited([s.pidfd for s in sequences], timeout)}
             self._conclude([s for s in sequences if s.pidfd in exited])
             sequences = [s for s in sequences if s.pidfd not in exited]
             return len(sequences)
 
-        wait_while_fewer(look)
-        cpus = len(os.sched_getaffinity(0))
-        while len(sequences) > cpus:
-            number, pids = len(sequences), [s.pidfd.pid for s in sequences]
-            start, before = monotonic(), sum(map(_proc.run_time, pids))
-            sleep(_MOMENT)
-            if look() == number:
-                ran = (sum(map(_proc.run_time, pids)) - before) / 1e9
-                if ran < _BUSY * cpus * (monotonic() - start):
-                    break
+        wait_while_fewer(look, until)
+        is_busy = True
+        while is_busy and len(sequences) > cpus and (start := monotonic()) < until:
+            number, end = len(sequences), min(start + _SPELL, until)
+            before = _run_time(sequences)
+            while len(sequences) > cpus and (now := monotonic()) < end:
+                look(end - now)
+            ran = _run_time(sequences) - before
+            is_busy = len(sequences) < number or ran > _BUSY * cpus * (end - start)
         return sequences
 
     def finish(self) -> None:
@@ -237,14 +240,18 @@ class Batch:
             sequence.pidfd.close()
 
 
-def wait_while_fewer(count: Callable[[], int]) -> None:
+def wait_while_fewer(count: Callable[[], int], until: float) -> None:
     """Wait while the members of a crowd exit, many of them in each short while."""
     left = count()
-    while left > CROWD:
+    while left > CROWD and monotonic() < until:
         sleep(_MOMENT)
         before, left = left, count()
         if left > before * _SLOW:
             return
+
+
+def _run_time(sequences: list[Sequence]) -> float:
+    return sum(_proc.run_time(sequence.pidfd.pid) for sequence in sequences)
 
 
 def _largest_first(sequences: list[Sequence]) -> list[Sequence]:

@@ -241,7 +241,8 @@ def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> in
         _write_kill(killer)
         joined: list[int] = []
         try:
-            wait_while_fewer(lambda: len(cgroup.all_pids()))
+            until = monotonic() + batch.options.timeout
+            wait_while_fewer(lambda: len(cgroup.all_pids()), until)
             joined = _add_killed(cgroup, batch)
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR:

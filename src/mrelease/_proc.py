@@ -111,10 +111,10 @@ def has_idle_cpu(pids: list[int]) -> bool:
         return False
 
 
-def run_time(pid: int) -> int:
-    """Nanoseconds for which a process's main thread ran; 0 where it cannot be read."""
+def run_time(pid: int) -> float:
+    """Seconds that a process's main thread has run; 0 where they cannot be read."""
     try:
-        return int(read(f"/proc/{pid}/schedstat").split()[0]) if is_ours() else 0
+        return int(read(f"/proc/{pid}/schedstat").split()[0]) / 1e9 if is_ours() else 0
     except (OSError, IndexError):  # gone, or a kernel that does not count
         return 0
 
