@@ -349,7 +349,12 @@ static int
 has_exited(int pidfd)
 {
     struct pollfd exit = {.fd = pidfd, .events = POLLIN};
-    return poll(&exit, 1, 0) != 0;
+    int found;
+
+    do {
+        found = poll(&exit, 1, 0);
+    } while (found < 0 && errno == EINTR);
+    return found != 0;
 }
 
 /* Bar a process's threads from this CPU, as far as the kernel allows it.
@@ -390,25 +395,23 @@ bar(const struct request *request, size_t *count)
     return threads;
 }
 
+/* Let back and free those that were barred, as long as the process is not
+   dying.  Needs no GIL. */
 static void
-unbar(const struct barred *threads, size_t count)
+unbar(const struct request *request, struct barred *threads, size_t count,
+      int sent, int error)
 {
-    for (size_t i = 0; i < count; i++) {
-        (void)sched_setaffinity(threads[i].tid, sizeof threads[i].before,
-                                &threads[i].before);
-    }
-}
-
-/* Let back and free those that were barred; not the threads of a process that
-   is dying, which may be another's as soon as it is reaped. */
-static void
-let_back(const struct request *request, struct barred *threads, size_t count,
-         int sent, int error)
-{
-    // Whoever has shown no memory may be a kernel thread, which lives on.
-    int is_dying = sent && (error == 0 || error == EAGAIN || error == EINVAL);
+    // Whoever was killed and has shown no memory may be a kernel thread, which
+    // lives on.  The ids of a dying process's other threads may be another's.
+    int is_dying = sent && (error == 0 || error == EAGAIN);
     if (count > 0 && !is_dying && !has_exited(request->pidfd)) {
-        unbar(threads, count);
+        for (size_t i = 0; i < count; i++) {
+            if (!sent || threads[i].tid == request->pid) {
+                (void)sched_setaffinity(threads[i].tid,
+                                        sizeof threads[i].before,
+                                        &threads[i].before);
+            }
+        }
     }
     free(threads);
 }
@@ -424,7 +427,6 @@ carry_out(const struct request *request)
     int is_first = 1;
     int sent = 0;
     int error;
-    int raised;
 
     do {
         Py_BEGIN_ALLOW_THREADS
@@ -432,14 +434,16 @@ carry_out(const struct request *request)
             threads = bar(request, &count);
         }
         error = kill_and_release(request->pidfd, &sent);
+        if (error != EINTR) {
+            unbar(request, threads, count, sent, error);
+        }
         Py_END_ALLOW_THREADS
         is_first = 0;
-        raised = error == EINTR && PyErr_CheckSignals() < 0;
-    } while (error == EINTR && !raised);
-    let_back(request, threads, count, sent, error);
-    if (raised) {
-        return NULL;
-    }
+        if (error == EINTR && PyErr_CheckSignals() < 0) {
+            unbar(request, threads, count, sent, error);
+            return NULL;
+        }
+    } while (error == EINTR);
     if (!sent) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -501,7 +505,7 @@ serve(const struct request *request, int *sent)
     do {
         error = kill_and_release(request->pidfd, sent);
     } while (error == EINTR);
-    let_back(request, threads, count, *sent, error);
+    unbar(request, threads, count, *sent, error);
     return error;
 }
 

@@ -452,6 +452,31 @@ def test_every_option_of_kill_is_taken(kind: Kind) -> None:
             assert result.freed >= 16 * MIB
 
 
+@needs_v2
+@needs_release
+def test_who_is_not_listed_any_more_and_still_there_is_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As the kernel does with a process whose first thread has gone, while its last one
+    # frees the memory.
+    real = _groups._list
+    listed: list[dict[int, Any]] = []
+
+    def once(top: Any) -> dict[int, Any]:
+        listed.append({} if listed else real(top))
+        return listed[-1]
+
+    with cgroup("v2") as path, victims.exit_stopped(8) as victim:
+        if not (path / "cgroup.kill").exists():
+            pytest.skip("needs cgroup.kill of Linux 5.14")
+        enter(path, victim.pid)
+        monkeypatch.setattr(_proc, "has_idle_cpu", lambda pids: True)
+        monkeypatch.setattr(_groups, "_list", once)
+        (result,) = kill_cgroup(path, timeout=60)
+        assert (result.outcome, result.attempts) == ("released", 1)
+        assert victim.anon() == 0
+
+
 @pytest.mark.needs("root")
 @pytest.mark.usefixtures("idle")
 @both

@@ -319,9 +319,9 @@ with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
 @pytest.mark.parametrize("error", ["EPERM", "ENOSYS", "EINVAL"])
 def test_where_scheduling_is_filtered_the_kill_works(error: str) -> None:
     program = """
-with victims.exit_stopped(threads=3) as victim:
+with victims.exit_stopped(threads=3) as one, victims.exit_stopped() as two:
     load()
-    report(kill(victim.pid).outcome)
+    report([kill(one.pid).outcome, *(r.outcome for r in kill_all([one.pid, two.pid]))])
 """
     calls = (
         "sched_setaffinity",
@@ -329,4 +329,4 @@ with victims.exit_stopped(threads=3) as victim:
         "sched_setscheduler",
         "setpriority",
     )
-    assert filtered(program, f"ERRNO(errno.{error})", *calls) == "released"
+    assert filtered(program, f"ERRNO(errno.{error})", *calls) == ["released"] * 3

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -181,9 +182,9 @@ def test_of_one_that_somebody_else_has_killed_the_memory_is_measured_too() -> No
     with victims.exit_stopped(8) as victim, Batch(Options(measure=True)) as batch:
         os.kill(victim.pid, signal.SIGKILL)
         victim.wait_exit_stop()
-        one = batch.add(Pidfd.open(victim.pid), killed=True)
+        batch.add_dying(Pidfd.open(victim.pid), monotonic(), signal.SIGKILL)
         batch.finish()
-        (result,) = batch.killed([one])
+        (result,) = batch.killed(batch.begun)
         assert result.outcome == "released"
         assert result.freed is not None
         assert result.freed >= 8 * MIB

@@ -9,8 +9,8 @@ from functools import partial
 from time import monotonic, sleep
 
 from . import _proc
-from ._kill import KillResult, Options, Sequence, check_pid, finish
-from ._pidfd import Pidfd, pid_of, poll_exited
+from ._kill import KillResult, Options, Sequence, check_victim, finish
+from ._pidfd import INFINITY, Pidfd, pid_of, poll_exited
 from ._proc import NO_DESCRIPTOR
 
 TYPE_CHECKING = False
@@ -85,6 +85,8 @@ class Batch:
         limit = os.sysconf("SC_OPEN_MAX")
         self._most = min(max(1, limit // 4), _MOST) if limit > 0 else _MOST
         self.patience = _PATIENCE
+        # Whether there were idle CPUs before those were killed that are dying.
+        self.had_idle_cpu = False
 
     def open(self, opener: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call what opens a process; when no descriptor is left, make room first."""
@@ -93,44 +95,55 @@ class Batch:
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR or not self._owned:
                 raise
-        self.flush()
+        self.flush(self.patience)
         self._conclude(self._running)
         return opener(*args, **kwargs)
 
-    def add(self, pidfd: Pidfd, *, own: bool = True, killed: bool = False) -> Sequence:
+    def add(self, pidfd: Pidfd, *, own: bool = True) -> Sequence:
         """Have a process killed and released by the next flush().
 
-        own: close the Pidfd after it. killed: it has been sent SIGKILL already.
+        own: close the Pidfd after it.
         """
         sequence = Sequence(pidfd, self.options)
-        if killed:
-            sequence.was_killed()
+        self._add(sequence, own)
+        return sequence
+
+    def add_dying(self, pidfd: Pidfd, since: float, signal: int | None) -> None:
+        """Have a process released by the next flush() that somebody else has killed."""
+        sequence = Sequence(pidfd, self.options)
+        sequence.found_dying(since, signal)
+        self._add(sequence, own=True)
+
+    def _add(self, sequence: Sequence, own: bool) -> None:
         self.begun.append(sequence)
         self._queued.append(sequence)
         if own:
             self._owned.add(sequence)
         if len(self._queued) >= self._most:
-            self.flush()
-        return sequence
+            self.flush(self.patience)
 
-    def flush(self) -> None:
-        """Kill and release what was added, the largest first."""
+    def flush(self, patience: float = INFINITY) -> None:
+        """Kill and release what was added, the largest first.
+
+        patience: seconds at most in which they are left to exit by themselves.
+        """
         queued, self._queued = self._queued, []
         killed = [s for s in queued if not s.to_kill]
         if self.options.measure:
             for sequence in killed:
                 sequence.weigh()
-        for sequence in self._let_exit(killed):
+        left = self._let_exit(killed, patience) if self.had_idle_cpu else killed
+        for sequence in left:
             self._try(sequence, sequence.help_out)
         to_kill = [
             s
             for s in queued
-            if s.to_kill and self._try(s, partial(check_pid, s.pidfd.pid))
+            if s.to_kill and self._try(s, partial(check_victim, s.pidfd))
         ]
         # Where nothing is starved, they free their memory themselves, side by side.
         pids = [s.pidfd.pid for s in to_kill]
         if len(pids) > 1 and not self.options.settle and _proc.has_idle_cpu(pids):
-            self._kill_at_once(to_kill)
+            self._kill_at_once(to_kill, patience)
         else:
             self._kill_in_turn(to_kill)
         self._running += queued
@@ -156,26 +169,26 @@ class Batch:
             if not sequence.pending:
                 self._report(sequence)  # at once, for the time it took
 
-    def _kill_at_once(self, sequences: list[Sequence]) -> None:
+    def _kill_at_once(self, sequences: list[Sequence], patience: float) -> None:
         """Kill all, then release those that need it."""
         if self.options.measure or len(sequences) <= CROWD:
             sequences = _largest_first(sequences)
         sent = [s for s in sequences if self._try(s, s.send)]
-        for sequence in self._let_exit(sent):
+        for sequence in self._let_exit(sent, patience):
             # The release of a stuck one, which might block, comes when all are done.
             is_stuck = _proc.stuck(sequence.pidfd.pid)
             help_out = sequence.hurry if is_stuck else sequence.help_out
             if self._try(sequence, help_out) and not sequence.pending:
                 self._report(sequence)
 
-    def _let_exit(self, sequences: list[Sequence]) -> list[Sequence]:
+    def _let_exit(self, sequences: list[Sequence], patience: float) -> list[Sequence]:
         """Wait while they exit by themselves, side by side; return those that have not.
 
         That is a crowd of which many exit in each short while, or more than there are
         CPUs that keep these busy: a release would take its CPU from another's exit.
         """
-        until = min((sequence.deadline for sequence in sequences), default=0.0)
-        cpus = len(os.sched_getaffinity(0))
+        until = min([monotonic() + patience, *(s.deadline for s in sequences)])
+        cpus = _proc.cpus()
 
         def look(timeout: float = 0) -> int:
             nonlocal sequences
@@ -192,7 +205,8 @@ class Batch:
             while len(sequences) > cpus and (now := monotonic()) < end:
                 look(end - now)
             ran = _run_time(sequences) - before
-            is_busy = len(sequences) < number or ran > _BUSY * cpus * (end - start)
+            fewer = len(sequences) <= number * _SLOW
+            is_busy = fewer or ran > _BUSY * cpus * (end - start)
         return sequences
 
     def finish(self) -> None:

@@ -38,7 +38,7 @@ _PATIENCE_BYTE = 1 / 2**30
 _IDLE_ROUNDS = 1000
 # Rounds in a row that show nobody new, until that is believed: a list may miss one that
 # is forked while the kernel makes it.
-_STILL_ROUNDS = 10
+_STILL_ROUNDS = 3
 _PIDS_ROOM = 1 << 25  # bytes: five each for the four million pids that Linux can have
 
 
@@ -179,9 +179,10 @@ def _kill_by_file(
     cgroup: Cgroup, killer: int, pids: list[int], batch: Batch
 ) -> list[KillResult]:
     """Release the largest, write to cgroup.kill, release the rest."""
-    _kill_large(cgroup, batch)
+    members = _list(cgroup)
+    _kill_large(members, batch)
     batch.patience = INFINITY  # nobody is left whose kill would have to wait
-    lacking = _kill_rest(cgroup, killer, pids, batch)
+    lacking = _kill_rest(cgroup, killer, pids, members, batch)
     batch.finish()
     # Whoever may not be signalled any more, of a sudden, cgroup.kill has killed.
     refused = {s for s in batch.begun if isinstance(batch.results[s], OSError)}
@@ -198,32 +199,36 @@ def _write_kill(killer: int) -> None:
             raise
 
 
-def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
+def _list(cgroup: Cgroup) -> dict[int, Cgroup]:
+    """The pids in a cgroup and below it, and where each is."""
+    return {pid: part for part in cgroup.walk() for pid in part.pids()}
+
+
+def _kill_large(members: dict[int, Cgroup], batch: Batch) -> None:
     """Kill and release the large ones, the largest first, for a reasonable time."""
+    batch.had_idle_cpu = _proc.has_idle_cpu([*members])
+    if batch.had_idle_cpu and not batch.options.measure:
+        return  # nothing is starved: cgroup.kill is the sooner
     try:
-        found = [(part, pid) for part in cgroup.walk() for pid in part.pids()]
-        at_once = _proc.has_idle_cpu([pid for _, pid in found])
-        if at_once and not batch.options.measure:
-            return  # nothing is starved: cgroup.kill is the sooner
-        end = monotonic() + _PATIENCE + len(found) * _PATIENCE_PROCESS
-        sizes: dict[tuple[Cgroup, int], int] = {}
-        for part, pid in found:
-            sizes[part, pid] = _proc.anonymous(pid) or 0
+        end = monotonic() + _PATIENCE + len(members) * _PATIENCE_PROCESS
+        sizes: dict[int, int] = {}
+        for pid in members:
+            sizes[pid] = _proc.anonymous(pid) or 0
             if monotonic() > end:
                 return
         large = max(1, _LARGE * sum(sizes.values()))
-        for part, pid in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            end += sizes[part, pid] * _PATIENCE_BYTE
-            if sizes[part, pid] < large or monotonic() > end:
+        for pid in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            end += sizes[pid] * _PATIENCE_BYTE
+            if sizes[pid] < large or monotonic() > end:
                 break
-            if pidfd := batch.open(part.open, pid):
+            if pidfd := batch.open(members[pid].open, pid):
                 try:
                     check_victim(pidfd)
                 except OSError:  # cgroup.kill needs no right to signal
                     pidfd.close()
                     continue
                 batch.add(pidfd)
-                if not at_once:
+                if not batch.had_idle_cpu:
                     batch.flush()
         batch.flush()
     except OSError as error:
@@ -231,7 +236,13 @@ def _kill_large(cgroup: Cgroup, batch: Batch) -> None:
             raise
 
 
-def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> int:
+def _kill_rest(
+    cgroup: Cgroup,
+    killer: int,
+    pids: list[int],
+    members: dict[int, Cgroup],
+    batch: Batch,
+) -> int:
     """Write to cgroup.kill, again if somebody has joined since, and release the rest.
 
     Adds the joiners to the pids. Returns the errno if descriptors run out.
@@ -239,11 +250,15 @@ def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> in
     lacking = 0
     for _ in range(_IDLE_ROUNDS):
         _write_kill(killer)
+        written = monotonic()
         joined: list[int] = []
         try:
-            until = monotonic() + batch.options.timeout
+            until = written + batch.options.timeout
             wait_while_fewer(lambda: len(cgroup.all_pids()), until)
-            joined = _add_killed(cgroup, batch)
+            listed = _list(cgroup)
+            left = {**_unlisted(members, listed), **listed}
+            joined = _add_dying(left, batch, written, SIGKILL)
+            members = {**members, **listed}
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR:
                 raise
@@ -255,21 +270,36 @@ def _kill_rest(cgroup: Cgroup, killer: int, pids: list[int], batch: Batch) -> in
     return lacking
 
 
-def _add_killed(cgroup: Cgroup, batch: Batch) -> list[int]:
+def _unlisted(
+    members: dict[int, Cgroup], listed: dict[int, Cgroup]
+) -> dict[int, Cgroup]:
+    """Who is there, but not in the list any more: a first thread that is gone.
+
+    The last thread of such a process may still hold all of its memory.
+    """
+    return {
+        pid: part
+        for pid, part in members.items()
+        if pid not in listed and os.path.exists(f"/proc/{pid}")
+    }
+
+
+def _add_dying(
+    members: dict[int, Cgroup], batch: Batch, since: float, signal: int | None
+) -> list[int]:
     """Have whom somebody else has killed released; return who is not dying."""
     begun = {sequence.pidfd.pid for sequence in batch.begun}
     living: list[int] = []
-    for part in cgroup.walk():
-        for pid in part.pids():
-            if pid in begun or _proc.is_kernel_thread(pid):
-                continue
-            if not (pidfd := batch.open(part.open, pid)):
-                continue
-            if _proc.dying(pid) is False:
-                pidfd.close()
-                living.append(pid)
-            else:
-                batch.add(pidfd, killed=True)
+    for pid, part in members.items():
+        if pid in begun or _proc.is_kernel_thread(pid):
+            continue
+        if not (pidfd := batch.open(part.open, pid)):
+            continue
+        if _proc.dying(pid) is False:
+            pidfd.close()
+            living.append(pid)
+        else:
+            batch.add_dying(pidfd, since, signal)
     return living
 
 
@@ -286,7 +316,7 @@ def _rest(
     results: list[KillResult] = []
     for pid in pids:
         if pid not in left:
-            # It has let go of its memory, and that is back.
+            # It could not be opened either: it has exited.
             results.append(unopened(pid, options, "exited", signal=SIGKILL))
         elif _proc.is_kernel_thread(pid):
             results.append(unopened(pid, options, "alive", errno=EPERM))
@@ -314,7 +344,7 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
             while _stop_living(cgroup, batch, stops):
                 pass
         _forget_killed(stops, batch)
-    _add_killed(cgroup, batch)
+    _add_dying(_list(cgroup), batch, monotonic(), None)
     batch.finish()
     results = batch.killed(batch.begun)
     begun = {sequence.pidfd.pid for sequence in batch.begun}

@@ -281,16 +281,11 @@ def _release(sequence: Sequence) -> KillResult:
 
 def check_victim(pidfd: Pidfd) -> None:
     """Raise, with nothing touched, unless this process may be killed."""
-    check_pid(pidfd.pid)
-    pidfd.send_signal(0)
-
-
-def check_pid(pid: int) -> None:
-    """Raise ValueError for those that are never killed."""
-    if pid == 1:
+    if pidfd.pid == 1:
         raise ValueError("refusing to kill pid 1, the init process")
-    if pid == os.getpid():
-        raise ValueError(f"refusing to kill the calling process, {pid}")
+    if pidfd.pid == os.getpid():
+        raise ValueError(f"refusing to kill the calling process, {pidfd.pid}")
+    pidfd.send_signal(0)
 
 
 class Options:
@@ -404,7 +399,7 @@ class Sequence:
 
         Ahead, for whoever looks at it while the release is blocked.
         """
-        self._start_timeout()
+        self._start_timeout(monotonic())
         self.signal = SIGKILL
         self.attempts = 1
 
@@ -427,7 +422,8 @@ class Sequence:
 
     def send(self) -> None:
         """Send SIGKILL alone, and make the release due."""
-        now = self._start_timeout()
+        now = monotonic()
+        self._start_timeout(now)
         try:
             self._send(SIGKILL)
         except ProcessLookupError:
@@ -436,10 +432,11 @@ class Sequence:
         else:
             self._settle(now)
 
-    def was_killed(self) -> None:
-        """Note that somebody else has just sent SIGKILL, and make the release due."""
-        self.signal = SIGKILL
-        self._settle(self._start_timeout())
+    def found_dying(self, since: float, signal: int | None) -> None:
+        """Note that somebody else has killed it, and make the release due."""
+        self.signal = signal
+        self._start_timeout(since)
+        self._settle(since)
 
     def help_out(self) -> None:
         """After SIGKILL: release it if that is due, and hurry it through its exit."""
@@ -453,8 +450,7 @@ class Sequence:
             return
         # Whoever has shown no memory may be a kernel thread, which never had any and
         # ignores SIGKILL: that one keeps the scheduling it had.
-        is_sure = self.errno is not None and self.errno in (0, *_PASSING)
-        if is_sure or not _proc.is_kernel_thread(self.pidfd.pid):
+        if self.errno in (0, EAGAIN) or not _proc.is_kernel_thread(self.pidfd.pid):
             boost(self.pidfd)
 
     def release(self) -> None:
@@ -491,13 +487,11 @@ class Sequence:
             freed=self._freed(exited, released) if self.options.measure else None,
         )
 
-    def _start_timeout(self) -> float:
-        """Have it run from now, the time of the SIGKILL; return that."""
-        now = monotonic()
+    def _start_timeout(self, now: float) -> None:
+        """Have it run from the time of the SIGKILL."""
         self.to_kill = False
         self.due = INFINITY
         self.deadline = now + self.options.timeout
-        return now
 
     def _settle(self, since: float) -> None:
         """Make the release due once it has had its time to exit by itself."""

@@ -107,8 +107,17 @@ def has_idle_cpu(pids: list[int]) -> bool:
         # Such as b"0.20 0.18 0.12 1/80 11206": one of 80 threads runs, this one.
         running = int(read("/proc/loadavg").split()[3].partition(b"/")[0])
         return all(running < len(os.sched_getaffinity(pid)) for pid in pids)
-    except (OSError, ValueError, IndexError):  # gone, or the module says why
+    # Gone, or the module says why; OverflowError is what Python makes of EINVAL.
+    except (OSError, ValueError, IndexError, OverflowError):
         return False
+
+
+def cpus() -> int:
+    """How many CPUs the caller may use; all, where a filter forbids to ask."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (OSError, OverflowError):  # the function says why; Python's word for EINVAL
+        return os.cpu_count() or 1
 
 
 def run_time(pid: int) -> float:
