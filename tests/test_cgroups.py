@@ -567,6 +567,8 @@ def test_stopped_members_are_killed(kind: Kind) -> None:
         assert killed(kill_cgroup(path, wait=True, timeout=None)) == [victim.pid]
 
 
+# cgroup.kill passes it by.
+@pytest.mark.usefixtures("idle")
 @both
 def test_a_leader_that_has_exited_before_its_threads_is_killed(kind: Kind) -> None:
     with cgroup(kind) as path, victims.family_of_a_dead_leader(path) as family:

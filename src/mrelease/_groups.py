@@ -287,7 +287,11 @@ def _unlisted(
 def _add_dying(
     members: dict[int, Cgroup], batch: Batch, since: float, signal: int | None
 ) -> list[int]:
-    """Have whom somebody else has killed released; return who is not dying."""
+    """Have whom somebody else has killed released, and the others killed; return these.
+
+    They have joined since, or are whom cgroup.kill passes by (Linux 6.18): processes
+    whose first thread has exited.
+    """
     begun = {sequence.pidfd.pid for sequence in batch.begun}
     living: list[int] = []
     for pid, part in members.items():
@@ -296,7 +300,7 @@ def _add_dying(
         if not (pidfd := batch.open(part.open, pid)):
             continue
         if _proc.dying(pid) is False:
-            pidfd.close()
+            batch.add(pidfd)
             living.append(pid)
         else:
             batch.add_dying(pidfd, since, signal)
