@@ -135,11 +135,7 @@ class Batch:
         left = self._let_exit(killed, patience) if self.had_idle_cpu else killed
         for sequence in left:
             self._try(sequence, sequence.help_out)
-        to_kill = [
-            s
-            for s in queued
-            if s.to_kill and self._try(s, partial(check_victim, s.pidfd))
-        ]
+        to_kill = [sequence for sequence in queued if sequence.to_kill]
         # Where nothing is starved, they free their memory themselves, side by side.
         pids = [s.pidfd.pid for s in to_kill]
         if len(pids) > 1 and not self.options.settle and _proc.has_idle_cpu(pids):
@@ -158,6 +154,7 @@ class Batch:
 
     def _kill_in_turn(self, sequences: list[Sequence]) -> None:
         """Release each before the next is killed."""
+        sequences = [s for s in sequences if self._check(s)]
         # A stuck one might block its release; and it loses no race by waiting for it.
         stuck = {s for s in sequences if _proc.stuck(s.pidfd.pid)}
         for sequence in stuck:
@@ -173,7 +170,7 @@ class Batch:
         """Kill all, then release those that need it."""
         if self.options.measure or len(sequences) <= CROWD:
             sequences = _largest_first(sequences)
-        sent = [s for s in sequences if self._try(s, s.send)]
+        sent = [s for s in sequences if self._check(s) and self._try(s, s.send)]
         for sequence in self._let_exit(sent, patience):
             # The release of a stuck one, which might block, comes when all are done.
             is_stuck = _proc.stuck(sequence.pidfd.pid)
@@ -222,6 +219,9 @@ class Batch:
             for sequence in sequences
             for result in (self.results[sequence],)
         ]
+
+    def _check(self, sequence: Sequence) -> bool:
+        return self._try(sequence, partial(check_victim, sequence.pidfd))
 
     def _try(self, sequence: Sequence, act: Callable[[], None]) -> bool:
         try:
