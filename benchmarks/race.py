@@ -42,14 +42,16 @@ def run(options: Options) -> Report:
         lab.peer(name)  # compiled before the user is changed
     # Who is ordinary already stays who it is.
     uid = victims.NOBODY if os.geteuid() == 0 else None
-    won, cost = lab.as_user(uid, lambda: race(runs))
+    won = lab.as_user(uid, lambda: race(runs))
     table = Table("in time", "%", [f"{threads} threads" for threads in THREADS])
     table.ratios = False
     for name, shares in won.items():
         table.add(name, *shares)
     barring = Table("cost of the barring", "us", ["time"], scale=1e6)
+    cpus = os.sched_getaffinity(0)
     barring.rows = {
-        f"{threads} threads": [Series(seconds)] for threads, seconds in cost.items()
+        f"{threads} threads": [Series([cost(threads, cpus) for _ in range(runs)])]
+        for threads in THREADS
     }
     report.tables = [table, barring]
     report.notes.append(f"{runs} kills of each, uid {uid or os.geteuid()}")
@@ -65,8 +67,8 @@ def run(options: Options) -> Report:
     return report
 
 
-def race(runs: int) -> tuple[dict[str, list[float]], dict[int, list[float]]]:
-    """Shares in time of each way, and seconds that the barring took, by threads."""
+def race(runs: int) -> dict[str, list[float]]:
+    """Shares in time of each way, by threads."""
     before = os.sched_getaffinity(0)
     cpu = min(before)
     kills: dict[str, Kill] = {
@@ -76,7 +78,6 @@ def race(runs: int) -> tuple[dict[str, list[float]], dict[int, list[float]]]:
         BARRED: lambda victim: by_mrelease(victim, boost=True),
     }
     won: dict[str, list[list[bool]]] = {name: [[] for _ in THREADS] for name in kills}
-    cost: dict[int, list[float]] = {threads: [] for threads in THREADS}
     os.sched_setaffinity(0, {cpu})
     try:
         for _ in range(runs):
@@ -87,14 +88,12 @@ def race(runs: int) -> tuple[dict[str, list[float]], dict[int, list[float]]]:
                         with mrelease.Pidfd.open(victim) as pidfd:
                             if not pidfd.wait(lab.LIMIT):
                                 raise TimeoutError(f"{victim.pid} did not exit")
-                cost[threads].append(barring(threads, before))
     finally:
         os.sched_setaffinity(0, before)
-    shares = {
+    return {
         name: [100 * statistics.mean(answers) for answers in columns]
         for name, columns in won.items()
     }
-    return shares, cost
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def by_mrelease(victim: lab.Process, boost: bool) -> bool:
     return result.outcome == "released" and result.attempts == 1
 
 
-def barring(threads: int, cpus: set[int]) -> float:
+def cost(threads: int, cpus: set[int]) -> float:
     """Seconds that the call takes longer with barring, on threads that are stopped."""
     with (
         victims.exit_stopped(1, threads=threads) as victim,
