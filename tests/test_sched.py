@@ -216,4 +216,4 @@ def test_of_those_that_may_use_one_cpu_it_is_the_callers() -> None:
     with victims.victim(1) as victim:
         os.sched_setaffinity(victim.pid, {min(os.sched_getaffinity(0))})
         assert not _proc.has_idle_cpu([victim.pid])
-        assert not _proc.has_idle_cpu([victims.reaped_pid()])
+        assert not _proc.has_idle_cpu([victims.reaped_pid(), victim.pid])
