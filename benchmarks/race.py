@@ -54,7 +54,7 @@ def run(options: Options) -> Report:
         for threads in THREADS
     }
     report.tables = [table, barring]
-    report.notes.append(f"{runs} kills of each, uid {uid or os.geteuid()}")
+    report.notes.append(f"{runs} kills of each by uid {uid or os.geteuid()}")
     report.targets = [
         Target(
             f"{BARRED}, {threads} threads, in time",

@@ -128,20 +128,21 @@ class Batch:
         patience: seconds at most in which they are left to exit by themselves.
         """
         queued, self._queued = self._queued, []
-        killed = [s for s in queued if not s.to_kill]
-        if self.options.measure:
-            for sequence in killed:
-                sequence.weigh()
-        left = self._let_exit(killed, patience) if self.had_idle_cpu else killed
-        for sequence in left:
-            self._try(sequence, sequence.help_out)
         to_kill = [sequence for sequence in queued if sequence.to_kill]
+        dying = [sequence for sequence in queued if not sequence.to_kill]
         # Where nothing is starved, they free their memory themselves, side by side.
         pids = [s.pidfd.pid for s in to_kill]
         if len(pids) > 1 and not self.options.settle and _proc.has_idle_cpu(pids):
             self._kill_at_once(to_kill, patience)
         else:
             self._kill_in_turn(to_kill)
+        # After them, as a release may block.
+        if self.options.measure:
+            for sequence in dying:
+                sequence.weigh()
+        left = self._let_exit(dying, patience) if self.had_idle_cpu else dying
+        for sequence in left:
+            self._try(sequence, sequence.help_out)
         self._running += queued
         self._conclude([s for s in queued if s not in self.results and s.pidfd.exited])
         if len(self._running) > self._most:
@@ -198,10 +199,10 @@ class Batch:
         is_busy = True
         while is_busy and len(sequences) > cpus and (start := monotonic()) < until:
             number, end = len(sequences), min(start + _SPELL, until)
-            before = _run_time(sequences)
+            before = {s: _proc.run_time(s.pidfd.pid) for s in sequences}
             while len(sequences) > cpus and (now := monotonic()) < end:
                 look(end - now)
-            ran = _run_time(sequences) - before
+            ran = sum(_proc.run_time(s.pidfd.pid) - before[s] for s in sequences)
             fewer = len(sequences) <= number * _SLOW
             is_busy = fewer or ran > _BUSY * cpus * (end - start)
         return sequences
@@ -262,10 +263,6 @@ def wait_while_fewer(count: Callable[[], int], until: float) -> None:
         before, left = left, count()
         if left > before * _SLOW:
             return
-
-
-def _run_time(sequences: list[Sequence]) -> float:
-    return sum(_proc.run_time(sequence.pidfd.pid) for sequence in sequences)
 
 
 def _largest_first(sequences: list[Sequence]) -> list[Sequence]:

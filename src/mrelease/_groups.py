@@ -74,9 +74,10 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     with 0 attempts; one that may not be signalled, or that /proc hides so that it is
     not proven, is "alive", its errno EPERM. Members of other pid namespaces have no pid
     here: only cgroup.kill kills them. With no descriptor left cgroup.kill still kills,
-    from a forked child, and nothing is released: the results say "exiting", their errno
-    is EMFILE. Where there is no cgroup.kill, a forked child of the caller lets whoever
-    is stopped go on, should the caller be killed.
+    from a forked child, whom it can, which is not a process whose first thread has
+    exited, and nothing is released: the results say "exiting", their errno is EMFILE.
+    Where there is no cgroup.kill, a forked child of the caller lets whoever is stopped
+    go on, should the caller be killed.
 
     Raises ValueError for the root cgroup, the caller's own and those above it, one
     that holds pid 1, and what is no cgroup; FileNotFoundError and the like if it
@@ -179,8 +180,13 @@ def _kill_by_file(
     cgroup: Cgroup, killer: int, pids: list[int], batch: Batch
 ) -> list[KillResult]:
     """Release the largest, write to cgroup.kill, release the rest."""
-    members = _list(cgroup)
-    _kill_large(members, batch)
+    members: dict[int, Cgroup] = {}
+    try:
+        members = _list(cgroup)
+        _kill_large(members, batch)
+    except OSError as error:
+        if error.errno not in NO_DESCRIPTOR:
+            raise
     batch.patience = INFINITY  # nobody is left whose kill would have to wait
     lacking = _kill_rest(cgroup, killer, pids, members, batch)
     batch.finish()
@@ -209,31 +215,27 @@ def _kill_large(members: dict[int, Cgroup], batch: Batch) -> None:
     batch.had_idle_cpu = _proc.has_idle_cpu([*members])
     if batch.had_idle_cpu and not batch.options.measure:
         return  # nothing is starved: cgroup.kill is the sooner
-    try:
-        end = monotonic() + _PATIENCE + len(members) * _PATIENCE_PROCESS
-        sizes: dict[int, int] = {}
-        for pid in members:
-            sizes[pid] = _proc.anonymous(pid) or 0
-            if monotonic() > end:
-                return
-        large = max(1, _LARGE * sum(sizes.values()))
-        for pid in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            end += sizes[pid] * _PATIENCE_BYTE
-            if sizes[pid] < large or monotonic() > end:
-                break
-            if pidfd := batch.open(members[pid].open, pid):
-                try:
-                    check_victim(pidfd)
-                except OSError:  # cgroup.kill needs no right to signal
-                    pidfd.close()
-                    continue
-                batch.add(pidfd)
-                if not batch.had_idle_cpu:
-                    batch.flush()
-        batch.flush()
-    except OSError as error:
-        if error.errno not in NO_DESCRIPTOR:
-            raise
+    end = monotonic() + _PATIENCE + len(members) * _PATIENCE_PROCESS
+    sizes: dict[int, int] = {}
+    for pid in members:
+        sizes[pid] = _proc.anonymous(pid) or 0
+        if monotonic() > end:
+            return
+    large = max(1, _LARGE * sum(sizes.values()))
+    for pid in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        end += sizes[pid] * _PATIENCE_BYTE
+        if sizes[pid] < large or monotonic() > end:
+            break
+        if pidfd := batch.open(members[pid].open, pid):
+            try:
+                check_victim(pidfd)
+            except OSError:  # cgroup.kill needs no right to signal
+                pidfd.close()
+                continue
+            batch.add(pidfd)
+            if not batch.had_idle_cpu:
+                batch.flush()
+    batch.flush()
 
 
 def _kill_rest(
@@ -248,26 +250,46 @@ def _kill_rest(
     Adds the joiners to the pids. Returns the errno if descriptors run out.
     """
     lacking = 0
+    seen = {*members}
+    tried: set[int] = set()
     for _ in range(_IDLE_ROUNDS):
         _write_kill(killer)
         written = monotonic()
-        joined: list[int] = []
+        living: set[int] = set()
         try:
             until = written + batch.options.timeout
             wait_while_fewer(lambda: len(cgroup.all_pids()), until)
             listed = _list(cgroup)
             left = {**_unlisted(members, listed), **listed}
-            joined = _add_dying(left, batch, written, SIGKILL)
+            living = _add_dying(left, batch, written, SIGKILL)
+            # A process whose first thread has exited survives a write (Linux 6.18).
+            survivors = (living & seen) - tried
+            _add_survivors(survivors, left, batch)
             members = {**members, **listed}
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR:
                 raise
             lacking = error.errno
         batch.flush()
+        joined = living - seen
         pids += joined  # who may be gone when they are next looked for
-        if not joined:
+        if living <= tried:
             break
+        tried |= living & seen
+        seen |= living
     return lacking
+
+
+def _add_survivors(pids: set[int], members: dict[int, Cgroup], batch: Batch) -> None:
+    """Have those killed one by one who may be."""
+    for pid in pids:
+        if pidfd := batch.open(members[pid].open, pid):
+            try:
+                check_victim(pidfd)
+            except OSError:
+                pidfd.close()
+            else:
+                batch.add(pidfd)
 
 
 def _unlisted(
@@ -286,22 +308,18 @@ def _unlisted(
 
 def _add_dying(
     members: dict[int, Cgroup], batch: Batch, since: float, signal: int | None
-) -> list[int]:
-    """Have whom somebody else has killed released, and the others killed; return these.
-
-    They have joined since, or are whom cgroup.kill passes by (Linux 6.18): processes
-    whose first thread has exited.
-    """
+) -> set[int]:
+    """Have whom somebody else has killed released; return who is not dying."""
     begun = {sequence.pidfd.pid for sequence in batch.begun}
-    living: list[int] = []
+    living: set[int] = set()
     for pid, part in members.items():
         if pid in begun or _proc.is_kernel_thread(pid):
             continue
         if not (pidfd := batch.open(part.open, pid)):
             continue
         if _proc.dying(pid) is False:
-            batch.add(pidfd)
-            living.append(pid)
+            pidfd.close()
+            living.add(pid)
         else:
             batch.add_dying(pidfd, since, signal)
     return living
@@ -320,9 +338,9 @@ def _rest(
     results: list[KillResult] = []
     for pid in pids:
         if pid not in left:
-            # It could not be opened either: it has exited.
+            # Nor could it be opened, if there were descriptors: it has exited.
             results.append(unopened(pid, options, "exited", signal=SIGKILL))
-        elif _proc.is_kernel_thread(pid):
+        elif _proc.is_kernel_thread(pid) or _proc.dying(pid) is False:
             results.append(unopened(pid, options, "alive", errno=EPERM))
         else:
             results.append(
