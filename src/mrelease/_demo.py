@@ -303,4 +303,5 @@ def _ratio(slow: list[float | None], fast: list[float | None], limit: float) -> 
     below = statistics.median_low([limit if time is None else time for time in fast])
     if below == limit:
         return "-"
-    return f"{'> ' if above == limit else ''}{above / below:.0f}"
+    ratio = above / below
+    return f"{'> ' if above == limit else ''}{ratio:.{0 if ratio >= 10 else 1}f}"
