@@ -88,7 +88,7 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     settings = Options(**options)
     try:
         cgroup = _cgroup.find(path)
-        pids = _check_cgroup(cgroup, os.getpid())
+        members = _check_cgroup(cgroup, os.getpid())
         killer = cgroup.open_kill()
     except OSError as error:
         if error.errno not in NO_DESCRIPTOR:
@@ -97,8 +97,8 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     try:
         with Batch(settings) as batch:
             if killer is None:
-                return _kill_one_by_one(cgroup, pids, batch)
-            return _kill_by_file(cgroup, killer, pids, batch)
+                return _kill_one_by_one(cgroup, [*members], batch)
+            return _kill_by_file(cgroup, killer, members, batch)
     finally:
         if killer is not None:
             os.close(killer)
@@ -144,7 +144,7 @@ def kill_tree(target: Target, **options: Unpack[KillOptions]) -> list[KillResult
 
 def cgroup_members(path: _Path) -> list[int]:
     """The pids that kill_cgroup() would kill now; raises as it does."""
-    return _check_cgroup(_cgroup.find(path), os.getpid())
+    return [*_check_cgroup(_cgroup.find(path), os.getpid())]
 
 
 def tree_members(root: Pidfd) -> dict[int, int]:
@@ -164,25 +164,24 @@ def _members(cgroup: Cgroup, recursive: bool) -> Iterator[Pidfd]:
                 yield pidfd
 
 
-def _check_cgroup(cgroup: Cgroup, caller: int) -> list[int]:
-    """Raise ValueError unless a cgroup may be killed; return the pids in it."""
+def _check_cgroup(cgroup: Cgroup, caller: int) -> dict[int, Cgroup]:
+    """Raise ValueError unless a cgroup may be killed; return who is in it."""
     if cgroup.is_root:
         raise ValueError(f"refusing to kill {cgroup.path}: it is the root cgroup")
-    pids = cgroup.all_pids()
-    if caller in pids:
+    members = _list(cgroup)
+    if caller in members:
         raise ValueError(f"refusing to kill {cgroup.path}: the caller is in it")
-    if 1 in pids:
+    if 1 in members:
         raise ValueError(f"refusing to kill {cgroup.path}: pid 1 is in it")
-    return pids
+    return members
 
 
 def _kill_by_file(
-    cgroup: Cgroup, killer: int, pids: list[int], batch: Batch
+    cgroup: Cgroup, killer: int, members: dict[int, Cgroup], batch: Batch
 ) -> list[KillResult]:
     """Release the largest, write to cgroup.kill, release the rest."""
-    members: dict[int, Cgroup] = {}
+    pids = {*members}
     try:
-        members = _list(cgroup)
         _kill_large(members, batch)
     except OSError as error:
         if error.errno not in NO_DESCRIPTOR:
@@ -226,22 +225,29 @@ def _kill_large(members: dict[int, Cgroup], batch: Batch) -> None:
         end += sizes[pid] * _PATIENCE_BYTE
         if sizes[pid] < large or monotonic() > end:
             break
-        if pidfd := batch.open(members[pid].open, pid):
-            try:
-                check_victim(pidfd)
-            except OSError:  # cgroup.kill needs no right to signal
-                pidfd.close()
-                continue
-            batch.add(pidfd)
-            if not batch.had_idle_cpu:
-                batch.flush()
+        if _add_permitted(pid, members[pid], batch) and not batch.had_idle_cpu:
+            batch.flush()
     batch.flush()
+
+
+def _add_permitted(pid: int, part: Cgroup, batch: Batch) -> bool:
+    """Have a member killed by the next flush(), and say so, if it may be signalled."""
+    pidfd = batch.open(part.open, pid)
+    if pidfd is None:
+        return False
+    try:
+        check_victim(pidfd)
+    except OSError:  # cgroup.kill needs no right to signal
+        pidfd.close()
+        return False
+    batch.add(pidfd)
+    return True
 
 
 def _kill_rest(
     cgroup: Cgroup,
     killer: int,
-    pids: list[int],
+    pids: set[int],
     members: dict[int, Cgroup],
     batch: Batch,
 ) -> int:
@@ -250,7 +256,6 @@ def _kill_rest(
     Adds the joiners to the pids. Returns the errno if descriptors run out.
     """
     lacking = 0
-    seen = {*members}
     tried: set[int] = set()
     for _ in range(_IDLE_ROUNDS):
         _write_kill(killer)
@@ -263,33 +268,19 @@ def _kill_rest(
             left = {**_unlisted(members, listed), **listed}
             living = _add_dying(left, batch, written, SIGKILL)
             # A process whose first thread has exited survives a write (Linux 6.18).
-            survivors = (living & seen) - tried
-            _add_survivors(survivors, left, batch)
+            for pid in (living & pids) - tried:
+                _add_permitted(pid, left[pid], batch)
             members = {**members, **listed}
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR:
                 raise
             lacking = error.errno
         batch.flush()
-        joined = living - seen
-        pids += joined  # who may be gone when they are next looked for
         if living <= tried:
             break
-        tried |= living & seen
-        seen |= living
+        tried |= living & pids
+        pids |= living  # who may be gone when they are next looked for
     return lacking
-
-
-def _add_survivors(pids: set[int], members: dict[int, Cgroup], batch: Batch) -> None:
-    """Have those killed one by one who may be."""
-    for pid in pids:
-        if pidfd := batch.open(members[pid].open, pid):
-            try:
-                check_victim(pidfd)
-            except OSError:
-                pidfd.close()
-            else:
-                batch.add(pidfd)
 
 
 def _unlisted(
@@ -438,7 +429,7 @@ def _kill_in_child(path: str, options: Options, lack: OSError) -> list[KillResul
         try:
             _child.close_all()
             cgroup = _cgroup.find(path)
-            pids = _check_cgroup(cgroup, caller)
+            pids = [*_check_cgroup(cgroup, caller)]
             killer = cgroup.open_kill()
             if killer is None:
                 raise lack
