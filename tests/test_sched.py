@@ -109,6 +109,32 @@ def test_where_the_signal_is_refused_every_thread_is_let_back() -> None:
         assert victim.state() == "S"
 
 
+@pytest.mark.needs("cpus", "strace")
+def test_a_handler_that_raises_before_the_kill_leaves_the_victim_as_it_was() -> None:
+    with victims.victim(1, threads=3) as victim:
+        before = affinities(victim)
+        program = f"""
+import signal
+from mrelease import kill
+def handler(*args):
+    raise ZeroDivisionError
+signal.signal(signal.SIGUSR1, handler)
+try:
+    kill({victim.pid})
+except ZeroDivisionError:
+    print("raised")
+"""
+        # The first is the check; the second has not sent the signal.
+        inject = "inject=pidfd_send_signal:error=EINTR:signal=SIGUSR1:when=2"
+        calls = "-etrace=pidfd_send_signal,sched_setaffinity"
+        strace = ("strace", "-qq", calls, "-esignal=none", "-e", inject)
+        result = run_python(program, under=strace)
+        assert result.stdout == "raised\n"
+        assert result.stderr.count("sched_setaffinity") == 6  # barred, and let back
+        assert affinities(victim) == before
+        assert victim.state() == "S"
+
+
 @pytest.mark.needs("cpus")
 def test_nobody_is_barred_through_the_descriptor_of_another(cpu: int) -> None:
     with victims.victim(1) as victim:

@@ -114,7 +114,7 @@ def has_idle_cpu(pids: list[int]) -> bool:
             sleep(_NAP)
             running = _running()
         return running < most
-    # Gone, or the module says why; OverflowError is what Python makes of EINVAL.
+    # The module says why; OverflowError is what Python makes of EINVAL.
     except (OSError, ValueError, IndexError, OverflowError):
         return False
 
