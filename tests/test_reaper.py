@@ -704,12 +704,20 @@ with victims.exit_stopped() as refused, victims.exit_stopped() as killed:
 
 
 @needs_release
-@pytest.mark.parametrize("sharer", [None, "clone"])
+@pytest.mark.parametrize(
+    ("sharer", "spoil"),
+    [
+        # Waits for the exit.
+        (None, "os.close(fd)"),
+        # Tries again and again, and reads /proc then: what it opens there would get a
+        # number that is free.
+        ("clone", "os.dup2(os.pipe()[0], fd)"),
+    ],
+)
 def test_a_descriptor_closed_by_somebody_else_spoils_its_own_kill_alone(
-    sharer: str | None,
+    sharer: str | None, spoil: str
 ) -> None:
-    # One waits for the exit, the other tries again and again. That the third is
-    # cancelled wakes up the thread that watches.
+    # That the third is cancelled wakes up the thread that watches.
     program = f"""
 with (
     victims.exit_stopped(sharer={sharer!r}) as spoilt,
@@ -721,10 +729,9 @@ with (
     to_cancel = reaper.kill(third.pid, wait=True, timeout=None)
     spoilt.wait_exit_stop()
     third.wait_exit_stop()
-    # Not while the worker reads /proc: what it opens would get the number.
-    until(lambda: reaper._pool._idle == 1)
+    until(lambda: reaper._pool._idle == 1)  # it reads /proc no more
     (fd,) = pidfds(spoilt.pid)
-    os.close(fd)
+    {spoil}
     to_cancel.cancel()
     try:
         error = future.exception(LIMIT)
@@ -748,11 +755,13 @@ from mrelease import _proc
 reaper = Reaper(1)
 future = reaper.kill({victim.pid}, timeout=None, boost={boost})
 until(lambda: _proc.anonymous({victim.pid}) == 0)
-for fd in pidfds({victim.pid}):
-    os.close(fd)
+(fd,) = pidfds({victim.pid})
+os.close(fd)
 try:
     error = future.exception(10)
-    report(error and error.errno, reaper.kill({other.pid}).result(10).outcome)
+    os.dup2(0, fd)  # if its worker is still at it, it closes the number once more
+    outcome = reaper.kill({other.pid}, timeout=None).result(10).outcome
+    report(error and error.errno, outcome)
 except TimeoutError:
     report("no answer")
 """
