@@ -58,15 +58,16 @@ def run_python(
     *,
     under: tuple[str, ...] = (),
     options: tuple[str, ...] = (),
-    timeout: float = 50,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program that may import the tests' modules, in a fresh interpreter."""
+    """Run a program that may import the tests' modules, in a fresh interpreter.
+
+    It is killed with the test that calls it, when that has taken too long.
+    """
     path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [*under, sys.executable, *options, "-c", program],
         capture_output=True,
         text=True,
-        timeout=timeout,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )
 

@@ -26,7 +26,7 @@ OUTCOMES = ("released", "exited")
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=50
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True
     )
 
 
@@ -234,7 +234,6 @@ def test_every_target_dies_whatever_becomes_of_the_output(
             ["sh", "-c", f"{command} {redirection}"],
             stderr=subprocess.PIPE,
             text=True,
-            timeout=50,
         )
         assert one.exited()
         assert two.exited()
@@ -250,7 +249,6 @@ def test_a_name_that_cannot_be_encoded_is_escaped() -> None:
             [*COMMAND, "kill", str(process.pid)],
             capture_output=True,
             text=True,
-            timeout=50,
             env={**os.environ, "PYTHONIOENCODING": "ascii"},
         )
     assert (result.returncode, result.stderr) == (0, "")
@@ -263,7 +261,7 @@ def test_a_name_that_cannot_be_encoded_is_escaped() -> None:
 )
 def test_a_reader_that_leaves_is_no_error(arguments: str) -> None:
     command = f"{shlex.join(COMMAND)} {arguments} | head -0"
-    result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=50)
+    result = subprocess.run(["sh", "-c", command], capture_output=True)
     assert result.stderr == b""
 
 
@@ -278,7 +276,7 @@ def test_ctrl_c_says_who_was_killed_and_who_was_not() -> None:
             victims._until(lambda: has_a_sigterm(one.pid), "the first SIGTERM")
             two.wait_exit()
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=50)
+            _, errors = process.communicate()
         assert process.returncode == 130
         assert errors == f"mrelease: interrupted; still there: {one.pid}\n"
         assert one.state() == "T"

@@ -345,7 +345,7 @@ def test_a_caller_that_is_killed_at_any_moment_leaves_nobody_stopped(
 ) -> None:
     step = 1 if long else 40
     program = f"import killed_callers as k; print(k.run(k.{prey}, {step}))"
-    result = run_python(program, under=apart(), timeout=1100)
+    result = run_python(program, under=apart())
     assert (result.returncode, result.stderr) == (0, "")
     killed = int(result.stdout)
     assert killed > 3

@@ -227,9 +227,7 @@ def test_supervisors_listener_releases_what_does_not_obey(tmp_path: Path) -> Non
 
     def control(*words: str) -> str:
         command = [sys.executable, "-m", "supervisor.supervisorctl", *configured]
-        return subprocess.run(
-            [*command, *words], capture_output=True, text=True, timeout=30
-        ).stdout
+        return subprocess.run([*command, *words], capture_output=True, text=True).stdout
 
     with server(tmp_path, "supervisor.supervisord", *configured):
         _until(lambda: control("status").count("RUNNING") == 2, "both to run")

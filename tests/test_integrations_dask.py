@@ -24,7 +24,6 @@ def scene(name: str) -> tuple[dict[str, Any], str]:
         [sys.executable, str(TESTS / "dask_cluster.py"), name],
         capture_output=True,
         text=True,
-        timeout=55,
     )
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)

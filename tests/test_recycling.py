@@ -204,8 +204,8 @@ def torture(mode: str, version: Literal["v2", "v1"], number: int = RECYCLED) -> 
         group.mkdir()
         parameters = (mode, str(top), str(group), number)
         program = PROGRAM.replace("PARAMETERS", repr(parameters))
-        under = ("unshare", "--fork", "--pid", "--mount-proc")
-        result = run_python(program, under=under, timeout=280)
+        under = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
+        result = run_python(program, under=under)
         assert (result.returncode, result.stderr) == (0, "")
         figures = json.loads(result.stdout)
         print(figures)  # pytest -rP shows it

@@ -75,7 +75,7 @@ python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'  # power off
 
 def tests_as(label: str, required: str, args: list[str]) -> str:
     """The lines of a guest's job that run pytest; as root, unless it is for nobody."""
-    pytest = ["python3", "-P", "-m", "pytest", "-q", "--durations=20", *PYTEST, *args]
+    pytest = ["python3", "-P", "-m", "pytest", "-q", "--durations=60", *PYTEST, *args]
     if label == "nobody":
         user = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups env HOME=/tmp"
         prefix = f"setpriv {user}"
