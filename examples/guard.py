@@ -14,10 +14,10 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EINVAL
 from pathlib import Path
-from select import POLLIN, POLLPRI, poll
+from select import POLLPRI, poll
 from typing import IO, NamedTuple
 
 from mrelease import Pidfd, Reaper, cgroup_pidfds, harden
@@ -25,6 +25,7 @@ from mrelease import Pidfd, Reaper, cgroup_pidfds, harden
 LOOK = 0.1  # seconds between looks at what is left; PSI wakes us by itself
 PATIENCE = 30.0  # seconds for memory to come back, until its holder is given up
 REST = 1.0  # seconds after a judgement that has killed nobody
+ENDS = {signal.SIGTERM, signal.SIGINT}
 
 
 class Process(NamedTuple):
@@ -104,43 +105,27 @@ def kill(reaper: Reaper, victim: Process) -> dict[str, object]:
         return {"released": False, "error": str(error)}
 
 
-def arm(pressure: Path, trigger: str) -> IO[bytes]:
+@contextmanager
+def armed(pressure: Path, trigger: str) -> Iterator[IO[bytes]]:
     """Have the kernel tell of stalls from now on: those of before do not count."""
-    with ExitStack() as stack:
-        file = stack.enter_context(open(pressure, "r+b", buffering=0))
+    with open(pressure, "r+b", buffering=0) as file:
         file.write(trigger.encode() + b"\0")
-        stack.pop_all()
-    return file
+        yield file
 
 
-def shortages(stop: int, pressure: Path, trigger: str, least: float) -> Iterator[str]:
-    """Wait until memory is short, again and again; say what tells of it."""
-    while True:
-        with ExitStack() as stack:
-            poller = poll()
-            poller.register(stop, POLLIN)
-            with suppress(OSError):  # as was said at the start
-                poller.register(stack.enter_context(arm(pressure, trigger)), POLLPRI)
-            reason = ""
-            while not reason:
-                events = dict(poller.poll(LOOK * 1000))
-                left, total = memory()
-                if stop in events:
-                    return
-                if events:
-                    reason = "pressure"
-                elif left < total * least / 100:
-                    reason = "left"
-        yield reason
-
-
-def stopped() -> int:
-    """A descriptor that is readable once we are told to end."""
-    readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(writable)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return readable
+def shortage(pressure: Path, trigger: str, least: float) -> str:
+    """Wait until memory is short; say what tells of it, nothing if we are to end."""
+    with ExitStack() as stack:
+        poller = poll()
+        with suppress(OSError):  # as was said at the start
+            poller.register(stack.enter_context(armed(pressure, trigger)), POLLPRI)
+        while not signal.sigtimedwait(ENDS, 0):
+            if poller.poll(LOOK * 1000):
+                return "pressure"
+            left, total = memory()
+            if left < total * least / 100:
+                return "left"
+    return ""
 
 
 def log(event: str, details: dict[str, object]) -> None:
@@ -148,7 +133,7 @@ def log(event: str, details: dict[str, object]) -> None:
     print(json.dumps(line), flush=True)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,33 +148,36 @@ def main() -> None:
     if not 0 <= options.left <= 100:
         parser.error(f"--left must be from 0 to 100, not {options.left}")
     try:
-        avoid = [re.compile(text) for text in options.avoid]
+        options.avoid = [re.compile(text) for text in options.avoid]
     except re.error as error:
         parser.error(f"--avoid {error.pattern!r}: {error}")
+    return options
+
+
+def main() -> None:
+    options = arguments()
     cgroup: Path | None = options.cgroup
+    candidates(cgroup)
     pressure = cgroup / "memory.pressure" if cgroup else Path("/proc/pressure/memory")
     try:
-        candidates(cgroup)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    try:
-        arm(pressure, options.trigger).close()
-        watched = str(pressure)
+        with armed(pressure, options.trigger):
+            watched = str(pressure)
     except OSError as error:  # no PSI: what is left has to do
         if error.errno == EINVAL:
-            parser.error(f"the kernel does not take the trigger {options.trigger!r}")
+            trigger = repr(options.trigger)
+            raise ValueError(f"the kernel does not take --trigger {trigger}") from None
         watched = str(error)
     spent: set[tuple[int, int]] = set()  # those whose memory has not come back
 
     def spare(one: Process) -> bool:
         given_up = (one.pid, one.started) in spent
-        return given_up or any(regex.search(one.name) for regex in avoid)
+        return given_up or any(regex.search(one.name) for regex in options.avoid)
 
-    stop = stopped()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # looked for between kills
     refused = {name: str(error) for name, error in harden().items() if error}
     log("start", {"pressure": watched, "refused": refused})
     with Reaper() as reaper:
-        for reason in shortages(stop, pressure, options.trigger, options.left):
+        while reason := shortage(pressure, options.trigger, options.left):
             victim = choose(candidates(cgroup), spare)
             seen = {"reason": reason, "left": memory()[0]}
             seen |= victim._asdict() if victim else {}
@@ -206,5 +194,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except FileNotFoundError as error:  # the cgroup has been removed
+    except (OSError, ValueError) as error:  # of the cgroup, which may be removed
         raise SystemExit(f"guard: {error}") from None
