@@ -695,7 +695,7 @@ with victims.exit_stopped() as refused, victims.exit_stopped() as killed:
         error = raised
     left = pidfds(refused.pid)
     os.dup2(0, free[4])
-    after = reaper.kill(killed.pid).result(LIMIT).outcome
+    after = reaper.kill(killed.pid, timeout=None).result(LIMIT).outcome
     killed.wait_exit_stop()
     killed.resume()
     report(error.errno, left, before.result(LIMIT).exited, after)
@@ -816,6 +816,7 @@ def handler(*args):
 raising = False
 signal.signal(signal.SIGUSR1, handler)
 reaper = Reaper(1)
+until(lambda: reaper._pool._idle == 1)  # or the writes would be others
 raising = True
 try:
     reaper.kill({first.pid}, wait=True, timeout=0.2)
@@ -823,7 +824,7 @@ try:
 except Interrupt:
     interrupted = True
 try:
-    outcome = reaper.kill({second.pid}).result(10).outcome
+    outcome = reaper.kill({second.pid}, timeout=None).result(10).outcome
 except TimeoutError:
     report(interrupted, "no answer", 0)
 closed = until(lambda: not pidfds({first.pid}) + pidfds({second.pid}))
