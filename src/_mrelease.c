@@ -13,16 +13,16 @@
 #include <Python.h>
 
 #include <dirent.h>       // opendir(), readdir()
-#include <errno.h>        // EINTR
+#include <errno.h>        // EINTR, EAGAIN
 #include <fcntl.h>        // O_NONBLOCK, O_EXCL
 #include <limits.h>       // INT_MAX, UINT_MAX
 #include <poll.h>         // poll()
-#include <sched.h>        // sched_getcpu(), sched_setaffinity()
+#include <sched.h>        // sched_getcpu(), sched_setaffinity(), CPU_*
 #include <signal.h>       // SIGKILL
-#include <stdlib.h>       // realloc(), strtol()
+#include <stdlib.h>       // realloc(), free(), strtol()
 #include <sys/mman.h>     // MCL_*
 #include <sys/syscall.h>  // __NR_*
-#include <unistd.h>       // syscall(), close(), read()
+#include <unistd.h>       // syscall(), close(), read(), readlink()
 
 // ==== System call numbers ==================================================
 
@@ -68,9 +68,12 @@ check_nargs(const char *function, Py_ssize_t nargs, Py_ssize_t min,
         return 0;
     }
     Py_ssize_t bound = nargs < min ? min : max;
-    PyErr_Format(PyExc_TypeError, "%s expected at %s %zd argument%s, got %zd",
-                 function, nargs < min ? "least" : "most", bound,
-                 bound == 1 ? "" : "s", nargs);
+    const char *which = "";
+    if (min != max) {
+        which = nargs < min ? "at least " : "at most ";
+    }
+    PyErr_Format(PyExc_TypeError, "%s expected %s%zd argument%s, got %zd",
+                 function, which, bound, bound == 1 ? "" : "s", nargs);
     return -1;
 }
 
@@ -199,9 +202,9 @@ PyDoc_STRVAR(mrelease_pidfd_send_signal_doc,
 "can be.  flags: 0, or since Linux 6.9 one of the PIDFD_SIGNAL_ values.\n"
 "\n"
 "Raises ProcessLookupError if the process has been reaped,\n"
-"PermissionError if the caller may not signal it, and OSError with EBADF\n"
-"if pidfd is no pidfd.  Linux 5.1.  Thread-safe.  See\n"
-"pidfd_send_signal(2).");
+"PermissionError if the caller may not signal it, and OSError with EINVAL\n"
+"if signal is none, EBADF if pidfd is neither a pidfd nor an open /proc/PID\n"
+"directory.  Linux 5.1.  Thread-safe.  See pidfd_send_signal(2).");
 
 static PyObject *
 mrelease_pidfd_send_signal(PyObject *Py_UNUSED(module), PyObject *const *args,
@@ -274,6 +277,8 @@ PyDoc_STRVAR(mrelease_kill_and_release_doc,
 "first.  Returns 0 or the errno of the release; the signal was sent in\n"
 "either case.  It does not check whom it kills: the caller or pid 1, too.\n"
 "\n"
+"A /proc/PID directory can be killed, but not released: EBADF.\n"
+"\n"
 "Raises as pidfd_send_signal() if the signal could not be sent; then\n"
 "nothing was released.  An exception from a signal handler passes through\n"
 "as well.  Linux 5.15 for the release.  Thread-safe.");
@@ -344,7 +349,7 @@ list_threads(int pid, size_t *count)
 }
 
 /* Whether a process has exited: then it may be reaped at any moment, and the
-   ids of its threads given to others.  True for what is no pidfd. */
+   ids of its threads given to others.  True for a number that is not open. */
 static int
 has_exited(int pidfd)
 {
@@ -416,31 +421,37 @@ unbar(const struct request *request, struct barred *threads, size_t count,
     free(threads);
 }
 
+/* Do what a request asks for.  Needs no GIL.
+   Return as kill_and_release(); after EINTR it may be called again. */
+static int
+attempt(const struct request *request, int *sent)
+{
+    size_t count = 0;
+    struct barred *threads = NULL;
+
+    // Once the signal has been sent it is too late to bar anybody.
+    if (request->pid && !*sent) {
+        threads = bar(request, &count);
+    }
+    int error = kill_and_release(request->pidfd, sent);
+    unbar(request, threads, count, *sent, error);
+    return error;
+}
+
 /* Do what a request asks for, with the GIL released, again after EINTR
    (PEP 475); a signal that was sent is not sent again.
    Return the errno of the release, or NULL with an exception set. */
 static PyObject *
 carry_out(const struct request *request)
 {
-    size_t count = 0;
-    struct barred *threads = NULL;
-    int is_first = 1;
     int sent = 0;
     int error;
 
     do {
         Py_BEGIN_ALLOW_THREADS
-        if (is_first && request->pid) {
-            threads = bar(request, &count);
-        }
-        error = kill_and_release(request->pidfd, &sent);
-        if (error != EINTR) {
-            unbar(request, threads, count, sent, error);
-        }
+        error = attempt(request, &sent);
         Py_END_ALLOW_THREADS
-        is_first = 0;
         if (error == EINTR && PyErr_CheckSignals() < 0) {
-            unbar(request, threads, count, sent, error);
             return NULL;
         }
     } while (error == EINTR);
@@ -471,8 +482,8 @@ PyDoc_STRVAR(mrelease_bar_kill_and_release_doc,
 "\n"
 "A victim that wakes up on this CPU would start its own exit before the\n"
 "release does.  So every thread of it is told to run elsewhere, as far as\n"
-"the caller may; nothing of that is left if the signal was not sent.  pid:\n"
-"that of the process, or 0 to bar nothing.\n"
+"the caller may; they get back the CPUs they had if the signal was not\n"
+"sent.  pid: that of the process, or 0 to bar nothing.\n"
 "\n"
 "Returns and raises as kill_and_release().  Thread-safe.");
 
@@ -494,21 +505,6 @@ mrelease_bar_kill_and_release(PyObject *Py_UNUSED(module),
 
 // ==== The same for the next one from a pipe ================================
 
-/* Do what a request asks for.  Needs no GIL.  Return as kill_and_release(). */
-static int
-serve(const struct request *request, int *sent)
-{
-    size_t count = 0;
-    struct barred *threads = request->pid ? bar(request, &count) : NULL;
-    int error;
-
-    do {
-        error = kill_and_release(request->pidfd, sent);
-    } while (error == EINTR);
-    unbar(request, threads, count, *sent, error);
-    return error;
-}
-
 PyDoc_STRVAR(mrelease_kill_and_release_next_doc,
 "kill_and_release_next($module, pipe, /)\n"
 "--\n"
@@ -523,7 +519,8 @@ PyDoc_STRVAR(mrelease_kill_and_release_next_doc,
 "Returns (pidfd, sent, errno): whether SIGKILL was sent, and the errno of\n"
 "the release, or that of the signal if it was not; pidfd is negative if\n"
 "nothing was asked for, or the pipe has ended.  Raises OSError if the pipe\n"
-"cannot be read.  Linux 5.15 for the release.  Thread-safe.");
+"cannot be read, and what a signal handler raises before a request comes.\n"
+"Linux 5.15 for the release.  Thread-safe.");
 
 static PyObject *
 mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
@@ -545,7 +542,9 @@ mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
             error = errno;
         }
         else if (length == sizeof request && request.pidfd >= 0) {
-            error = serve(&request, &sent);
+            do {
+                error = attempt(&request, &sent);
+            } while (error == EINTR);
         }
         Py_END_ALLOW_THREADS
         if (length < 0 && error == EINTR && PyErr_CheckSignals() < 0) {
@@ -555,6 +554,9 @@ mrelease_kill_and_release_next(PyObject *Py_UNUSED(module), PyObject *arg)
     if (length < 0) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (length != sizeof request) {
+        request.pidfd = -1;  // the pipe's end, or half a request before it
     }
     return Py_BuildValue("iii", request.pidfd, sent, error);
 }
@@ -603,7 +605,7 @@ mrelease_mlockall(PyObject *Py_UNUSED(module), PyObject *arg)
 // ==== The module ===========================================================
 
 PyDoc_STRVAR(module_doc,
-"The system calls that kill a process and free its memory, nothing else.");
+"The system calls that kill a process and free its memory.");
 
 #define FASTCALL(function) (PyCFunction)(void (*)(void))(function)
 

@@ -325,7 +325,9 @@ def test_a_thread_that_waits_kills_and_releases_what_comes_through_the_pipe() ->
         thread.join()
         assert found == [(first, 1, 0), (-1, 0, 0), (second, 1, 0)]
         assert one.anon() == two.anon() == 0
+    os.write(writer, struct.pack("=i", 7))  # half an order
     os.close(writer)
+    assert kill_and_release_next(reader) == (-1, 0, 0)
     assert kill_and_release_next(reader) == (-1, 0, 0)  # the end of the pipe
     os.close(reader)
     assert errno_of(kill_and_release_next, reader) == errno.EBADF
