@@ -16,7 +16,7 @@ import pytest
 
 import cgroups
 import victims
-from mrelease import _proc, process_mrelease
+from mrelease import _batch, _groups, process_mrelease
 
 
 def _why_no(command: str) -> Callable[[], str | None]:
@@ -164,7 +164,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def idle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways to kill many: as if there were idle CPUs, and as if there were none."""
     found: bool = request.param
-    monkeypatch.setattr(_proc, "has_idle_cpu", lambda pids: found)
+    for module in (_batch, _groups):
+        monkeypatch.setattr(module, "has_idle_cpu", lambda pids: found)
     return found
 
 

@@ -19,7 +19,15 @@ import cgroups
 import victims
 from calls import run_python
 from cgroups import Kind, cgroup, enter
-from mrelease import KillResult, Pidfd, _groups, _proc, cgroup_pidfds, kill, kill_cgroup
+from mrelease import (
+    KillResult,
+    Pidfd,
+    _groups,
+    _proc,
+    cgroup_pidfds,
+    kill,
+    kill_cgroup,
+)
 from victims import NOBODY, apart
 
 MIB = 1 << 20
@@ -452,6 +460,34 @@ def test_every_option_of_kill_is_taken(kind: Kind) -> None:
             assert result.freed >= 16 * MIB
 
 
+@both
+def test_one_that_is_moved_out_meanwhile_is_alive_and_not_said_to_have_exited(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = _groups._check_cgroup
+    with (
+        cgroup(kind) as path,
+        cgroup(kind) as other,
+        victims.victim(1) as moved,
+        victims.victim(1) as staying,
+    ):
+
+        def move(top: Any, caller: int) -> Any:
+            members = check(top, caller)
+            enter(other, moved.pid)
+            return members
+
+        enter(path, moved.pid)
+        enter(path, staying.pid)
+        monkeypatch.setattr(_groups, "_check_cgroup", move)
+        results = {one.pid: one for one in kill_cgroup(path, wait=True, timeout=None)}
+        assert not moved.exited()
+        result = results.pop(moved.pid)
+        assert (result.outcome, result.errno, result.signal) == ("alive", 0, None)
+        assert not result.released
+        assert [one.exited for one in results.values()] == [True]
+
+
 @needs_v2
 @needs_release
 def test_who_is_not_listed_any_more_and_still_there_is_released(
@@ -470,7 +506,7 @@ def test_who_is_not_listed_any_more_and_still_there_is_released(
         if not (path / "cgroup.kill").exists():
             pytest.skip("needs cgroup.kill of Linux 5.14")
         enter(path, victim.pid)
-        monkeypatch.setattr(_proc, "has_idle_cpu", lambda pids: True)
+        monkeypatch.setattr(_groups, "has_idle_cpu", lambda pids: True)
         monkeypatch.setattr(_groups, "_list", once)
         (result,) = kill_cgroup(path, timeout=60)
         assert (result.outcome, result.attempts) == ("released", 1)

@@ -150,8 +150,8 @@ def test_the_largest_is_killed_first_and_each_released_before_the_next(
     with ExitStack() as stack:
         pids = [stack.enter_context(victims.exit_stopped(mib)).pid for mib in sizes]
         program = f"""
-from mrelease import _proc, kill_all
-_proc.has_idle_cpu = lambda pids: {idle}
+from mrelease import _batch, kill_all
+_batch.has_idle_cpu = lambda pids: {idle}
 results = kill_all({pids})
 assert [result.pid for result in results] == {pids}, results
 assert all(result.outcome == "released" for result in results), results

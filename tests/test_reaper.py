@@ -767,9 +767,13 @@ except TimeoutError:
 """
         # The release is done, and its worker is held up on the way back from it.
         call = "process_mrelease"
-        inject = f"inject={call}:delay_exit=1000000:when=1"
-        strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
-        assert reported(program, *strace) == [errno.EBADF, "released"]
+        inject = f"inject={call}:delay_exit=2000000:when=1"
+        # By a filter, so that no other call is held up.
+        strace = ("strace", "-f", "--seccomp-bpf", "-qq", "-o/dev/null")
+        assert reported(program, *strace, f"-etrace={call}", "-e", inject) == [
+            errno.EBADF,
+            "released",
+        ]
 
 
 @needs_release
@@ -836,6 +840,42 @@ report(interrupted, outcome, closed)
         strace = ("strace", "-f", "-qq", "-o/dev/null", "-etrace=write")
         inject = ("-e", f"inject=write:signal=SIGUSR1:when={write}")
         assert reported(program, *strace, *inject) == [True, "released", True]
+
+
+@needs_release
+def test_handlers_that_raise_at_any_moment_of_kill_leave_the_reaper_at_work() -> None:
+    program = """
+import random, sys
+
+class Interrupt(BaseException):
+    pass
+
+def handler(*args):
+    raise Interrupt
+
+sys.unraisablehook = lambda error: None  # finalizers say that they were interrupted
+signal.signal(signal.SIGALRM, handler)
+chance = random.Random(1)
+with victims.exit_stopped(1) as victim, Pidfd.open(victim.pid) as pidfd:
+    reaper = Reaper(1)
+    raised = 0
+    for _ in range(1000):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-4))
+            for _ in range(50):
+                reaper.kill(pidfd)
+            time.sleep(0.001)
+        except Interrupt:
+            raised += 1
+    try:
+        outcome = reaper.kill(pidfd, timeout=None).result(LIMIT).outcome
+    except TimeoutError:
+        outcome = "no answer"
+    report(outcome, raised)
+"""
+    outcome, raised = reported(program)
+    assert outcome == "released"
+    assert raised > 500
 
 
 # ---- Many at once

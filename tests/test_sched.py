@@ -12,7 +12,7 @@ import pytest
 
 import victims
 from calls import errno_of, killed_next, run_python
-from mrelease import Pidfd, _proc, _sched, kill, kill_and_release
+from mrelease import Pidfd, _sched, kill, kill_and_release
 from mrelease._mrelease import bar_kill_and_release
 
 
@@ -235,11 +235,11 @@ def test_the_nice_value_goes_as_low_as_the_victims_limit_allows() -> None:
 def test_with_something_to_run_on_every_cpu_none_is_idle() -> None:
     cpus = os.sched_getaffinity(0)
     with victims.spinners(cpus), victims.victim(1) as victim:
-        assert not _proc.has_idle_cpu([victim.pid])
+        assert not _sched.has_idle_cpu([victim.pid])
 
 
 def test_of_those_that_may_use_one_cpu_it_is_the_callers() -> None:
     with victims.victim(1) as victim:
         os.sched_setaffinity(victim.pid, {min(os.sched_getaffinity(0))})
-        assert not _proc.has_idle_cpu([victim.pid])
-        assert not _proc.has_idle_cpu([victims.reaped_pid(), victim.pid])
+        assert not _sched.has_idle_cpu([victim.pid])
+        assert not _sched.has_idle_cpu([victims.reaped_pid(), victim.pid])

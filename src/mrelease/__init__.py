@@ -15,6 +15,7 @@ from ._mrelease import process_mrelease as process_mrelease
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from . import aio as aio
     from ._batch import kill_all as kill_all
     from ._groups import cgroup_pidfds as cgroup_pidfds
     from ._groups import kill_cgroup as kill_cgroup
@@ -77,6 +78,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "aio":
+        return __import__(f"{__name__}.aio", fromlist=["aio"])
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = __import__(f"{__name__}.{_LAZY[name]}", fromlist=[name])
@@ -86,4 +89,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "aio"})

@@ -12,6 +12,7 @@ from . import _proc
 from ._kill import KillResult, Options, Sequence, check_victim, finish
 from ._pidfd import INFINITY, Pidfd, pid_of, poll_exited
 from ._proc import NO_DESCRIPTOR
+from ._sched import cpus, has_idle_cpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,16 +45,16 @@ def kill_all(
     so; where each of them could have a CPU that is idle, all are killed at once, and
     those are released that do not exit by themselves in good time. The options are
     kill()'s; the waiting, up to timeout seconds from a process's SIGKILL, is for all of
-    them together, after the last kill. Targets beyond a quarter of RLIMIT_NOFILE come
-    after those before them, whatever their size.
+    them together, after the last kill. Targets beyond 1024, or a quarter of
+    RLIMIT_NOFILE if that is less, come after those before them, whatever their size.
 
     Returns one result a target, in order. One that cannot be opened or killed gives
     its exception, and the rest are still killed; what kill() refuses with ValueError
     gives one that is an OSError, too, with EINVAL. Raises TypeError for what is no
     target, and what kill() raises for an option, before anything is killed.
 
-    Of more targets than half of RLIMIT_NOFILE some results may come early, with what
-    was known then. Linux 5.15 for the release, 5.3 for the kill. Thread-safe.
+    Of more targets than twice that some results may come early, with what was known
+    then. Linux 5.15 for the release, 5.3 for the kill. Thread-safe.
     """
     settings = Options(**options)
     if isinstance(targets, bytes | bytearray | memoryview):
@@ -132,7 +133,7 @@ class Batch:
         dying = [sequence for sequence in queued if not sequence.to_kill]
         # Where nothing is starved, they free their memory themselves, side by side.
         pids = [s.pidfd.pid for s in to_kill]
-        if len(pids) > 1 and not self.options.settle and _proc.has_idle_cpu(pids):
+        if len(pids) > 1 and not self.options.settle and has_idle_cpu(pids):
             self._kill_at_once(to_kill, patience)
         else:
             self._kill_in_turn(to_kill)
@@ -186,7 +187,7 @@ class Batch:
         CPUs that keep these busy: a release would take its CPU from another's exit.
         """
         until = min([monotonic() + patience, *(s.deadline for s in sequences)])
-        cpus = _proc.cpus()
+        most = cpus()
 
         def look(timeout: float = 0) -> int:
             nonlocal sequences
@@ -197,14 +198,14 @@ class Batch:
 
         wait_while_fewer(look, until)
         is_busy = True
-        while is_busy and len(sequences) > cpus and (start := monotonic()) < until:
+        while is_busy and len(sequences) > most and (start := monotonic()) < until:
             number, end = len(sequences), min(start + _SPELL, until)
             before = {s: _proc.run_time(s.pidfd.pid) for s in sequences}
-            while len(sequences) > cpus and (now := monotonic()) < end:
+            while len(sequences) > most and (now := monotonic()) < end:
                 look(end - now)
             ran = sum(_proc.run_time(s.pidfd.pid) - before[s] for s in sequences)
             fewer = len(sequences) <= number * _SLOW
-            is_busy = fewer or ran > _BUSY * cpus * (end - start)
+            is_busy = fewer or ran > _BUSY * most * (end - start)
         return sequences
 
     def finish(self) -> None:

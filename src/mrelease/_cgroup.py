@@ -159,7 +159,8 @@ def find(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Cgroup:
     """The cgroup of a directory.
 
     Raises the OSError of stat(2), NotADirectoryError, ValueError if it is no cgroup,
-    and OSError with EOPNOTSUPP if it is a threaded one, each with the path.
+    and OSError with EOPNOTSUPP if it is a threaded one, with ENOSYS without the /proc
+    of this pid namespace, each with the path.
     """
     path = os.fsdecode(path)
     directory = os.path.realpath(path)

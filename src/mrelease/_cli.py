@@ -174,7 +174,16 @@ def _kill(options: argparse.Namespace) -> int:
             options.targets = [_pid(target) for target in options.targets]
         except argparse.ArgumentTypeError as error:
             options.parser.error(f"argument TARGET: {error}")
-    return _kill_command.run(options)
+    return _kill_command.run(_command(options), options.targets)
+
+
+def _command(options: argparse.Namespace) -> _kill_command.Command:
+    if not (options.cgroup or options.tree):
+        return _kill_command.Command(options)
+    # Most kill processes: those need not wait for it to be loaded.
+    from ._group_command import Cgroups, Trees
+
+    return Cgroups(options) if options.cgroup else Trees(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from errno import ENOSYS
 
 from . import _proc
 from ._probe import ask, probe
+from ._sched import cpus
 
 # Bits of CapEff in /proc/PID/status, capabilities(7).
 _CAPABILITIES = {"CAP_KILL": 5, "CAP_SYS_NICE": 23, "CAP_IPC_LOCK": 14}
@@ -16,8 +17,8 @@ _CAPABILITIES = {"CAP_KILL": 5, "CAP_SYS_NICE": 23, "CAP_IPC_LOCK": 14}
 # Of Seccomp in /proc/PID/status, proc_pid_status(5).
 _SECCOMP = {b"0": "off", b"1": "strict", b"2": "filter"}
 
-_ALL_IDS = [b"0", b"0", b"4294967295"]  # /proc/PID/uid_map, user_namespaces(7)
 _HERE_ONLY = "in this user namespace only"
+_UNKNOWN = "unknown"
 
 _FILTERED = (
     "A seccomp filter forbids it. systemd: SystemCallFilter=@system-service "
@@ -32,6 +33,11 @@ _SCHEDULING_FILTERED = (
     "A seccomp filter forbids sched_setaffinity, sched_setscheduler or setpriority "
     "(systemd: @resources). If it kills, kill() must be called with boost=False, "
     "mrelease kill with --no-boost; else the victim is just not hurried."
+)
+_NO_PROC = (
+    "There is no /proc of this pid namespace. A kill works, but the victim is not kept "
+    "off the caller's CPU or hurried, its memory not measured, and trees and cgroups "
+    "cannot be killed. Mount one: mount -t proc proc /proc."
 )
 _OLD_KERNEL = {
     "pidfd_open": "Nothing can be killed without pidfds: Linux 5.3 has them.",
@@ -59,16 +65,24 @@ _ONE_CPU = (
 
 def examine() -> tuple[dict[str, object], dict[str, str]]:
     """The probe, the caller's privileges, seccomp, CPUs; and advice for each lack."""
-    status = _proc.fields("/proc/self/status")
-    report = probe()
-    report["scheduling"] = ask(_try_scheduling)
-    effective = int(status[b"CapEff"], 16)
-    granted = True if _in_first_user_namespace() else _HERE_ONLY
-    for name, bit in _CAPABILITIES.items():
-        report[name] = granted if effective >> bit & 1 else False
-    report["seccomp"] = _SECCOMP.get(status.get(b"Seccomp", b""), "unknown")
-    report["cpus"] = os.cpu_count()
+    report = {**probe(), "scheduling": ask(_try_scheduling), "proc": _proc.is_ours()}
+    try:
+        report |= _privileges()
+    except OSError:  # no /proc
+        report |= dict.fromkeys([*_CAPABILITIES, "seccomp"], _UNKNOWN)
+    report["cpus"] = cpus()
     return report, _advice(report)
+
+
+def _privileges() -> dict[str, object]:
+    effective = _proc.capabilities()
+    granted = True if _proc.in_first_user_namespace() else _HERE_ONLY
+    found: dict[str, object] = {
+        name: granted if effective >> bit & 1 else False
+        for name, bit in _CAPABILITIES.items()
+    }
+    seccomp = _proc.fields("/proc/self/status").get(b"Seccomp", b"")
+    return {**found, "seccomp": _SECCOMP.get(seccomp, _UNKNOWN)}
 
 
 def _try_scheduling() -> None:
@@ -82,13 +96,6 @@ def _try_scheduling() -> None:
             raise
 
 
-def _in_first_user_namespace() -> bool:
-    try:
-        return _proc.read("/proc/self/uid_map").split() == _ALL_IDS
-    except FileNotFoundError:  # a kernel without user namespaces
-        return True
-
-
 def _advice(report: dict[str, object]) -> dict[str, str]:
     advice: dict[str, str] = {}
     for feature, hint in _OLD_KERNEL.items():
@@ -96,8 +103,10 @@ def _advice(report: dict[str, object]) -> dict[str, str]:
             advice[feature] = _FILTERED if report[feature] == "seccomp" else hint
     if report["scheduling"] is not True:
         advice["scheduling"] = _SCHEDULING_FILTERED
+    if not report["proc"]:
+        advice["proc"] = _NO_PROC
     for capability, hint in _NO_CAPABILITY.items():
-        if report[capability] is not True:
+        if report[capability] not in (True, _UNKNOWN):
             grant = _GRANT.format(capability.removeprefix("CAP_"))
             advice[capability] = f"{hint} {grant}"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:

@@ -74,7 +74,7 @@ class Trees(_Groups):
         self, root: Pidfd, members: dict[int, int]
     ) -> dict[int, KillResult | OSError]:
         if self._grace is None:
-            results = self._watch(lambda: kill_tree(root, **self._kill))
+            results = self._watch(lambda: kill_tree(root, **self._options))
             return {result.pid: result for result in results}
         with ExitStack() as stack:
             asked = [root]
@@ -92,7 +92,7 @@ class Trees(_Groups):
 
     def _kill_one_tree(self, root: Pidfd) -> dict[int, KillResult | OSError]:
         try:
-            results = self._watch(lambda: kill_tree(root, **self._kill))
+            results = self._watch(lambda: kill_tree(root, **self._options))
         except ProcessLookupError:
             return {}  # it has obeyed after all
         except OSError as error:
@@ -127,7 +127,7 @@ class Cgroups(_Groups):
                 asked += map(stack.enter_context, cgroup_pidfds(path))
             done = self._ask(asked)
             try:
-                killed = self._watch(lambda: kill_cgroup(path, **self._kill))
+                killed = self._watch(lambda: kill_cgroup(path, **self._options))
             except FileNotFoundError:
                 killed = []  # it was removed, and so was empty
         return [*done.values(), *killed]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from errno import EINTR, ENODEV, ENOSYS, EPERM
 from marshal import dumps, loads
-from time import monotonic
+from time import CLOCK_BOOTTIME, clock_gettime, monotonic
 
 from . import _cgroup, _child, _proc
 from ._batch import CROWD, Batch, unopened, wait_while_fewer
 from ._kill import SIGKILL, KillResult, Options, check_victim
 from ._pidfd import INFINITY, Pidfd
 from ._proc import NO_DESCRIPTOR
+from ._sched import has_idle_cpu
 from ._stops import Stops, open_known
 from ._tree import Tree, is_descendant
 
@@ -53,8 +54,9 @@ def cgroup_pidfds(path: _Path, *, recursive: bool = True) -> Iterator[Pidfd]:
     it as well, as far as they are there.
 
     Raises ValueError if the directory is no cgroup, FileNotFoundError and the like if
-    it cannot be read, OSError with EOPNOTSUPP for a threaded cgroup (cgroups(7)), each
-    with the path; and while iterating OSError with EMFILE when no descriptor is left.
+    it cannot be read, OSError with EOPNOTSUPP for a threaded cgroup (cgroups(7)), with
+    ENOSYS without the /proc of the pid namespace, each with the path; and while
+    iterating OSError with EMFILE when no descriptor is left.
     Linux 5.3. Thread-safe, but for one iterator in two threads.
     """
     return _members(_cgroup.find(path), recursive)
@@ -71,8 +73,9 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
 
     The options are kill()'s, timeout as for kill_all(). Returns a result for each
     process that was seen. One that had exited before it could be opened is "exited"
-    with 0 attempts; one that may not be signalled, or that /proc hides so that it is
-    not proven, is "alive", its errno EPERM. Members of other pid namespaces have no pid
+    with 0 attempts; one that was moved to another cgroup meanwhile is "alive"; one that
+    may not be signalled, or that /proc hides so that it is not proven, is "alive", its
+    errno EPERM. Members of other pid namespaces have no pid
     here: only cgroup.kill kills them. With no descriptor left cgroup.kill still kills,
     from a forked child, whom it can, which is not a process whose first thread has
     exited, and nothing is released: the results say "exiting", their errno is EMFILE.
@@ -211,7 +214,7 @@ def _list(cgroup: Cgroup) -> dict[int, Cgroup]:
 
 def _kill_large(members: dict[int, Cgroup], batch: Batch) -> None:
     """Kill and release the large ones, the largest first, for a reasonable time."""
-    batch.had_idle_cpu = _proc.has_idle_cpu([*members])
+    batch.had_idle_cpu = has_idle_cpu([*members])
     if batch.had_idle_cpu and not batch.options.measure:
         return  # nothing is starved: cgroup.kill is the sooner
     end = monotonic() + _PATIENCE + len(members) * _PATIENCE_PROCESS
@@ -329,8 +332,8 @@ def _rest(
     results: list[KillResult] = []
     for pid in pids:
         if pid not in left:
-            # Nor could it be opened, if there were descriptors: it has exited.
-            results.append(unopened(pid, options, "exited", signal=SIGKILL))
+            # Nor could it be opened, if there were descriptors.
+            results.append(_unlisted_one(pid, options, SIGKILL))
         elif _proc.is_kernel_thread(pid) or _proc.dying(pid) is False:
             results.append(unopened(pid, options, "alive", errno=EPERM))
         else:
@@ -365,10 +368,24 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
     # Not to be proven members, as /proc hides them; or kernel threads.
     results += [unopened(pid, batch.options, "alive", errno=EPERM) for pid in left]
     gone = {*pids} - begun - left
-    results += [unopened(pid, batch.options, "exited") for pid in gone]
-    if results and all(result.outcome == "alive" for result in results):
+    results += [_unlisted_one(pid, batch.options, None) for pid in gone]
+    if results and all(one.errno == EPERM and not one.attempts for one in results):
         raise PermissionError(EPERM, os.strerror(EPERM), cgroup.path)
     return results
+
+
+def _unlisted_one(pid: int, options: Options, signal: int | None) -> KillResult:
+    """The result of a member that is none any more: it has exited, or was moved out."""
+    if _lives_on(pid, options):
+        return unopened(pid, options, "alive")
+    return unopened(pid, options, "exited", signal=signal)
+
+
+def _lives_on(pid: int, options: Options) -> bool:
+    """Whether the process that had a pid before the call has it still, and lives."""
+    since = _proc.running_since(pid)
+    call = clock_gettime(CLOCK_BOOTTIME) - (monotonic() - options.start)
+    return since is not None and since < int(call * os.sysconf("SC_CLK_TCK"))
 
 
 def _present(cgroup: Cgroup) -> set[tuple[int, int | None]]:

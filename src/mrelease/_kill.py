@@ -61,7 +61,8 @@ class KillResult:
     released: whether its private memory is known to be back.
     exited: whether it has exited, so that the rest (shared memory, ports) is back too.
     signal: the number of the signal sent last, None if none was.
-    errno: of the last release, 0 if there was none or it succeeded.
+    errno: of the last release, 0 if there was none or it succeeded; with 0 attempts, of
+        groups, what kept it from being killed or opened (EPERM, EMFILE).
     attempts: how many times the release was called.
     elapsed: seconds from the call to its return.
     freed: bytes of anonymous memory and swap that it no longer holds; None unless asked
@@ -219,8 +220,9 @@ def terminate(
 
     The release is never tried on a process that has not been sent SIGKILL: the kernel
     would answer EINVAL. timeout counts from the SIGKILL; it and the rest are kill()'s,
-    as are the errors, and ValueError if signal is none. A stopped process gets the
-    signal only when continued. Linux 5.15 for the release. Thread-safe.
+    as are the errors, and ValueError if signal is not the number of one. A stopped
+    process gets the signal only when continued. Linux 5.15 for the release.
+    Thread-safe.
     """
     options = Options(timeout, wait, boost, settle, measure)
     grace = check_asking(grace, signal)

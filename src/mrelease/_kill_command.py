@@ -43,26 +43,16 @@ _SHOWN = 256  # processes whose memory is looked at for the progress
 _LAST_WORK = 2.0  # seconds after Ctrl-C, for a tree not to be left stopped
 
 
-def run(options: argparse.Namespace) -> int:
+def run(command: Command, targets: list[Any]) -> int:
     """Kill what was asked for and print it; return the exit status."""
     _allow_descriptors()
-    command = _command(options)
     try:
-        command.kill(options.targets)
+        command.kill(targets)
     except KeyboardInterrupt:
         left = [pid for pid in command.pids if _proc.anonymous(pid) is not None]
         complain(f"interrupted; still there: {' '.join(map(str, left)) or 'none'}")
         return INTERRUPTED
     return max(command.status, command.output.status())
-
-
-def _command(options: argparse.Namespace) -> Command:
-    if not (options.cgroup or options.tree):
-        return Command(options)
-    # Most kill processes: those need not wait for it to be loaded.
-    from ._group_command import Cgroups, Trees
-
-    return Cgroups(options) if options.cgroup else Trees(options)
 
 
 class Command:
@@ -75,7 +65,7 @@ class Command:
         self._dry_run: bool = options.dry_run
         self._grace: float | None = options.term
         self._wait: bool = options.wait
-        self._kill: KillOptions = {
+        self._options: KillOptions = {
             "timeout": options.timeout,
             "wait": options.wait,
             "boost": not options.no_boost,
@@ -96,7 +86,7 @@ class Command:
                 return
             done = self._ask(victims)
             left = [pidfd for pidfd in victims if pidfd not in done]
-            killed = self._watch(lambda: kill_all(left, **self._kill))
+            killed = self._watch(lambda: kill_all(left, **self._options))
             results = {**done, **dict(zip(left, killed, strict=True))}
             for pidfd in victims:
                 self._say(pidfd.pid, results[pidfd])

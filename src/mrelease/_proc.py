@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from errno import EMFILE, ENFILE
-from time import sleep
 
 NO_DESCRIPTOR = (EMFILE, ENFILE)
 
@@ -20,8 +19,7 @@ _PF_SIGNALED = 0x400
 _PF_KTHREAD = 0x200000
 _SIGKILL_PENDING = 1 << 8
 
-_SAMPLE = 64
-_NAP = 5e-5  # seconds
+_FIRST_USER_NAMESPACE = "user:[4026531837]"  # PROC_USER_INIT_INO of the kernel
 
 
 def is_ours() -> bool:
@@ -33,6 +31,19 @@ def is_ours() -> bool:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:  # none is mounted, or one that does not know this process
         return False
+
+
+def in_first_user_namespace() -> bool:
+    """Whether the caller's capabilities are those of the machine, not of a part."""
+    try:
+        return os.readlink("/proc/self/ns/user") == _FIRST_USER_NAMESPACE
+    except FileNotFoundError:  # a kernel without user namespaces
+        return True
+
+
+def capabilities() -> int:
+    """The caller's effective capabilities, a bit for each: see capabilities(7)."""
+    return int(fields("/proc/self/status")[b"CapEff"], 16)
 
 
 def read(path: str) -> bytes:
@@ -97,50 +108,6 @@ def _anonymous(path: str) -> int:
     return sum(1024 * int(part.split(b" kB", 1)[0]) for part in parts)
 
 
-def has_idle_cpu(pids: list[int]) -> bool:
-    """Whether less is running than there are CPUs for each of these to run on.
-
-    What else runs may be on other CPUs, or its cgroup's quota may keep a process off
-    them (cpu.max): then the answer is wrong, to the side of False in the first case.
-    Of very many, some stand for all.
-    """
-    pids = pids[:: len(pids) // _SAMPLE + 1]
-    try:
-        most = min(map(_allowed, pids), default=0)
-        running = _running()
-        if most <= running < 2 * most:
-            # Since Linux 6.12 who has just gone to sleep counts until its CPU looks for
-            # somebody else to run, as ours does now.
-            sleep(_NAP)
-            running = _running()
-        return running < most
-    # The module says why; OverflowError is what Python makes of EINVAL.
-    except (OSError, ValueError, IndexError, OverflowError):
-        return False
-
-
-def _running() -> int:
-    """How many threads run or want to, this one among them."""
-    # Such as b"0.20 0.18 0.12 1/80 11206": one of 80.
-    return int(read("/proc/loadavg").split()[3].partition(b"/")[0])
-
-
-def _allowed(pid: int) -> float:
-    """How many CPUs a process may run on; any number if it has gone."""
-    try:
-        return len(os.sched_getaffinity(pid))
-    except ProcessLookupError:
-        return float("inf")
-
-
-def cpus() -> int:
-    """How many CPUs the caller may use; all, where a filter forbids to ask."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except (OSError, OverflowError):  # the function says why; Python's word for EINVAL
-        return os.cpu_count() or 1
-
-
 def run_time(pid: int) -> float:
     """Seconds that a process's main thread has run; 0 where they cannot be read."""
     try:
@@ -162,6 +129,15 @@ def started(pid: int) -> int | None:
     """
     found = _process(pid)
     return found and found[1]
+
+
+def running_since(pid: int) -> int | None:
+    """As started(), of a process whose main thread is not in its exit; None else."""
+    try:
+        stat = _stat(f"/proc/{pid}") if is_ours() else None
+    except OSError:  # gone, or the module says why
+        return None
+    return int(stat[19]) if stat and not int(stat[6]) & _PF_EXITING else None
 
 
 def processes() -> dict[int, tuple[int, int]]:

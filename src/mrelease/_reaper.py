@@ -8,12 +8,12 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from operator import index
+from operator import call, index, setitem
 from queue import SimpleQueue
 from select import POLLIN, poll
 from struct import Struct
 from sys import exc_info
-from threading import Condition, Thread, current_thread, get_native_id
+from threading import Condition, RLock, Thread, current_thread, get_native_id
 from time import monotonic, sleep
 
 from ._kill import SIGKILL, KillResult, Options, Sequence
@@ -116,18 +116,21 @@ class Reaper:
 class _Task:
     """One kill of a pool, whose lock guards it."""
 
-    __slots__ = ("future", "queued", "running", "sequence", "settled")
+    __slots__ = ("cancelled", "future", "queued", "running", "sequence", "settled")
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.future: Future[KillResult] = Future()
+        self.cancelled = (
+            False  # as the future says, whose own lock nobody here waits for
+        )
         self.queued = False  # for a worker
         self.running = False  # in a worker
         self.settled = False  # the future has been given up, or gets its result
 
     def due(self) -> float:
         """When the watcher has to look at it again, if it has not exited by then."""
-        if self.future.cancelled() and not self.settled:
+        if self.cancelled and not self.settled:
             return 0.0  # at once: the wake-up may have been taken before it was seen
         deadline = INFINITY if self.settled else self.sequence.deadline
         if self.queued or self.running:
@@ -158,7 +161,10 @@ class Pool:
         if nice is not None:
             check_nice(nice)
         self.pid = os.getpid()
-        self._lock = Condition()  # for all below
+        # For all below. In C: a handler that raises as a Condition is entered or left,
+        # which is done in Python, might leave it locked.
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
         self._queue: deque[_Task] = deque()
         self._handed: dict[int, _Task] = {}  # through the pipe, by the pidfd
         self._tasks: set[_Task] = set()
@@ -182,6 +188,7 @@ class Pool:
         """Go on with a kill; its Pidfd is the pool's to close, whatever happens."""
         task = _Task(sequence)
         try:
+            task.future.add_done_callback(partial(self._look_if_cancelled, task))
             if self.pid != os.getpid():
                 raise RuntimeError(
                     f"this Reaper's threads are in process {self.pid}, which made it: "
@@ -193,15 +200,17 @@ class Pool:
                 self._tasks.add(task)
                 try:
                     self._begin_if_due(task, monotonic())
+                    self._wake()
                 except OSError:
                     self._retire(task)
                     raise
-                self._wake()
+                except BaseException:
+                    self._wake()  # a handler's: the watcher goes on with the kill
+                    raise
         except BaseException:
             if task not in self._tasks:
                 sequence.pidfd.close()
             raise
-        task.future.add_done_callback(self._look_if_cancelled)
         return task.future
 
     def close(self, wait: bool) -> None:
@@ -217,7 +226,7 @@ class Pool:
             self._wake()
             # A callback of one of the threads cannot wait for them.
             while current_thread() not in threads and wait and self._is_unfinished():
-                self._lock.wait(_PATIENCE)
+                self._changed.wait(_PATIENCE)
             ended = threads - self._threads
             if not self._threads:
                 self._close_channels()
@@ -259,7 +268,7 @@ class Pool:
             if self._closing and not self._threads:
                 self._close_channels()
                 atexit.unregister(self._send_unsent)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -315,7 +324,7 @@ class Pool:
                 fds = [task.sequence.pidfd.fileno() for task in tasks]
                 if self._is_over():
                     for _ in range(self._idle):
-                        self._send_look()
+                        _uninterrupted(self._steps_of_a_look())
                     return
                 until = min((task.due() for task in tasks), default=INFINITY)
                 wakeup = self._wakeup
@@ -334,7 +343,7 @@ class Pool:
                     result = self._look(task, None if exited is None else fd in exited)
                     if task.settled and not was_settled:
                         settled.append((task, result))
-                self._lock.notify_all()
+                self._changed.notify_all()
             for task, result in settled:
                 _tell(task.future, result)
 
@@ -354,7 +363,7 @@ class Pool:
         sequence = task.sequence
         result = None
         now = monotonic()
-        if task.future.cancelled():
+        if task.cancelled:
             task.settled = True
         elif not task.settled and (exited or now >= sequence.deadline):
             if task.running and not exited:
@@ -392,15 +401,20 @@ class Pool:
                 self._enqueue(task)
 
     def _enqueue(self, task: _Task) -> None:
-        task.queued = True
-        self._queue.append(task)
+        steps: list[Callable[[], object]] = [
+            partial(setattr, task, "queued", True),
+            partial(self._queue.append, task),
+        ]
         # No more words than workers: the pipe never fills up.
         if self._free() > self._looks:
-            self._send_look()
+            steps += self._steps_of_a_look()
+        _uninterrupted(steps)
 
-    def _send_look(self) -> None:
-        os.write(self._inlet, _LOOK)
-        self._looks += 1
+    def _steps_of_a_look(self) -> list[Callable[[], object]]:
+        return [
+            partial(os.write, self._inlet, _LOOK),
+            partial(setattr, self, "_looks", self._looks + 1),
+        ]
 
     def _hand_over(self, task: _Task) -> bool:
         """Have a worker kill and release without the GIL, if one is free."""
@@ -412,17 +426,19 @@ class Pool:
             return False
         if self._free() <= max(self._looks, len(self._queue)):
             return False
-        written: list[int] = []
+        sequence.begin()
+        # What is in the pipe is known to be, or its pidfd might be closed meanwhile.
+        steps: list[Callable[[], object]] = [
+            partial(setitem, self._handed, pidfd, task),
+            partial(setattr, task, "running", True),
+            partial(os.write, self._inlet, order),
+        ]
         try:
-            self._handed[pidfd] = task
-            # In C alone, so that no exception of a signal handler can come between.
-            written.extend(map(os.write, (self._inlet,), (order,)))
-        finally:
-            if written:
-                task.running = True
-                sequence.begin()
-            else:
-                self._handed.pop(pidfd, None)
+            _uninterrupted(steps)
+        except OSError:
+            self._handed.pop(pidfd)
+            task.running = False
+            raise
         return True
 
     def _free(self) -> int:
@@ -447,20 +463,21 @@ class Pool:
             return True
         now = monotonic()
         blocked = any(
-            task.running and (task.future.cancelled() or now >= task.sequence.deadline)
+            task.running and (task.cancelled or now >= task.sequence.deadline)
             for task in self._tasks
         )
         return bool(self._threads) and not blocked
 
-    def _look_if_cancelled(self, future: Future[KillResult]) -> None:
+    def _look_if_cancelled(self, task: _Task, future: Future[KillResult]) -> None:
         if future.cancelled() and self.pid == os.getpid():
             with self._lock:
+                task.cancelled = True
                 self._wake()
 
     def _wake(self) -> None:
         if self._wakeup >= 0:
             os.eventfd_write(self._wakeup, 1)
-        self._lock.notify_all()
+        self._changed.notify_all()
 
     def _close_channels(self) -> None:
         fds = (self._wakeup, self._pipe, self._inlet)
@@ -483,6 +500,11 @@ class Pool:
                         self._make_sure(sequence)
                     except OSError:  # nobody is there to tell
                         continue
+
+
+def _uninterrupted(steps: Iterable[Callable[[], object]]) -> None:
+    """Do all of these in C, so that no signal handler's exception comes between."""
+    deque(map(call, steps), maxlen=0)
 
 
 def _schedule(nice: int | None, cpus: set[int] | None) -> None:

@@ -1,4 +1,4 @@
-"""Scheduling: hurry a victim through its exit, and prepare the caller itself.
+"""Scheduling: idle CPUs, a victim hurried through its exit, the caller prepared.
 
 Every step is best effort: what the kernel refuses is left as it is, for want of
 privilege (CAP_SYS_NICE, or the same user) or because the thread has ended.
@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import os
 from _operator import index
+from time import sleep
 
 from ._mrelease import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, mlockall
-from ._pidfd import Pidfd
-from ._proc import fields, threads
+from ._proc import capabilities, in_first_user_namespace, read, threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._pidfd import Pidfd
+
 _CAP_IPC_LOCK = 14
-_FIRST_USER_NAMESPACE = "user:[4026531837]"  # PROC_USER_INIT_INO of the kernel
+
+# CPU_SETSIZE: where there are more, no thread has been barred. The kernel drops what it
+# lacks. Python's own count may be that of the caller (musl, PYTHON_CPU_COUNT).
+_EVERY_CPU = range(1024)
+
+_SAMPLE = 64
+_NAP = 5e-5  # seconds
 
 
 def harden(
@@ -90,12 +98,9 @@ def _may_lock_all() -> bool:
         return True
     try:
         # Root of another user namespace has the capability, but not for this.
-        if os.readlink("/proc/self/ns/user") != _FIRST_USER_NAMESPACE:
-            return False
-        capabilities = int(fields("/proc/self/status")[b"CapEff"], 16)
+        return in_first_user_namespace() and bool(capabilities() >> _CAP_IPC_LOCK & 1)
     except OSError:  # no /proc to tell: then as if there were a limit
         return False
-    return bool(capabilities >> _CAP_IPC_LOCK & 1)
 
 
 def _set_nice(nice: int) -> None:
@@ -112,13 +117,56 @@ def _set_oom_score_adj(adjustment: int) -> None:
         file.write(b"%d" % adjustment)
 
 
+def has_idle_cpu(pids: list[int]) -> bool:
+    """Whether less is running than there are CPUs for each of these to run on.
+
+    What else runs may be on other CPUs, or its cgroup's quota may keep a process off
+    them (cpu.max): then the answer is wrong, to the side of False in the first case.
+    Of very many, some stand for all.
+    """
+    pids = pids[:: len(pids) // _SAMPLE + 1]
+    try:
+        most = min(map(_allowed, pids), default=0)
+        running = _running()
+        if most <= running < 2 * most:
+            # Since Linux 6.12 who has just gone to sleep counts until its CPU looks for
+            # somebody else to run, as ours does now.
+            sleep(_NAP)
+            running = _running()
+        return running < most
+    # Then all are taken for busy; OverflowError is what Python makes of EINVAL.
+    except (OSError, ValueError, IndexError, OverflowError):
+        return False
+
+
+def _running() -> int:
+    """How many threads run or want to, this one among them."""
+    # Such as b"0.20 0.18 0.12 1/80 11206": one of 80.
+    return int(read("/proc/loadavg").split()[3].partition(b"/")[0])
+
+
+def _allowed(pid: int) -> float:
+    """How many CPUs a process may run on; any number if it has gone."""
+    try:
+        return len(os.sched_getaffinity(pid))
+    except ProcessLookupError:
+        return float("inf")
+
+
+def cpus() -> int:
+    """How many CPUs the caller may use; all, where a filter forbids to ask."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (OSError, OverflowError):  # as above
+        return os.cpu_count() or 1
+
+
 def boost(pidfd: Pidfd) -> None:
     """Give every thread of a dying process every CPU and the best priority allowed."""
-    cpus = _every_cpu()
     nice = -20
     for tid in _threads(pidfd):
         try:
-            os.sched_setaffinity(tid, cpus)
+            os.sched_setaffinity(tid, _EVERY_CPU)
         except OSError:  # the module says why
             pass
         try:
@@ -134,14 +182,6 @@ def _threads(pidfd: Pidfd) -> list[int]:
     # Once it has been reaped, the ids may be another's. Looked at after they were read,
     # so that only a reuse within the next microseconds could be mistaken.
     return [] if pidfd.exited else tids
-
-
-def _every_cpu() -> set[int]:
-    """CPU numbers, too many rather than too few: the kernel drops what it lacks.
-
-    Where os.cpu_count() counts the CPUs that the caller may use (musl), it can be low.
-    """
-    return set(range(max(64, os.cpu_count() or 1)))
 
 
 def _lower_nice(tid: int, lowest: int) -> int:
