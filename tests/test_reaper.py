@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import victims
-from calls import errno_of, run_python
+from calls import QUICK_STRACE, errno_of, run_python
 from mrelease import KillResult, Pidfd, Reaper
 from victims import _until
 
@@ -227,7 +227,7 @@ report(result.signal, result.attempts, _proc.dying({victim.pid}))
 """
         call = "pidfd_send_signal"
         inject = f"inject={call}:delay_enter=300000:when=1"
-        strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
+        strace = (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", "-e", inject)
         sent, attempts, dying = reported(program, *strace)
         assert (sent, dying) == (signal.SIGKILL, True)
         assert attempts <= 1
@@ -377,7 +377,7 @@ report(error, alone, len(os.listdir("/proc/self/fd")) - before)
 """
     # Whichever of the two the C library uses for threads.
     fail = f"error=EAGAIN:when={started + 1}+"
-    strace = ["strace", "-f", "-qq", "-o/dev/null", "-etrace=clone,clone3"]
+    strace = [*QUICK_STRACE, "-o/dev/null", "-etrace=clone,clone3"]
     strace += [f"-einject=clone:{fail}", f"-einject=clone3:{fail}"]
     error, alone, left = reported(program, *strace)
     assert "thread" in error
@@ -639,7 +639,7 @@ report(_proc.anonymous({victim.pid}))
         # Its worker is held up on the way back from the SIGKILL.
         call = "pidfd_send_signal"
         inject = f"inject={call}:delay_exit=300000"
-        strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
+        strace = (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", "-e", inject)
         assert reported(program, *strace) == [0]
 
 
@@ -768,8 +768,7 @@ except TimeoutError:
         # The release is done, and its worker is held up on the way back from it.
         call = "process_mrelease"
         inject = f"inject={call}:delay_exit=2000000:when=1"
-        # By a filter, so that no other call is held up.
-        strace = ("strace", "-f", "--seccomp-bpf", "-qq", "-o/dev/null")
+        strace = (*QUICK_STRACE, "-o/dev/null")
         assert reported(program, *strace, f"-etrace={call}", "-e", inject) == [
             errno.EBADF,
             "released",
@@ -1215,7 +1214,7 @@ def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it() -> None
         # which the exit overtakes.
         call = "pidfd_send_signal"
         inject = f"inject={call}:delay_enter=500000:when=1"
-        strace = ("strace", "-f", "-qq", "-o/dev/null", f"-etrace={call}", "-e", inject)
+        strace = (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", "-e", inject)
         result = run_python(program, under=strace)
         assert result.returncode == 0
         _until_exit(victim)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import victims
-from calls import errno_of, killed_next, run_python
+from calls import QUICK_STRACE, errno_of, killed_next, run_python
 from mrelease import Pidfd, _sched, kill, kill_and_release
 from mrelease._mrelease import bar_kill_and_release
 
@@ -97,7 +97,7 @@ def test_where_the_signal_is_refused_every_thread_is_let_back() -> None:
         # The first is the check, which sends no signal.
         inject = "inject=pidfd_send_signal:error=EPERM:when=2"
         calls = "-etrace=pidfd_send_signal,sched_setaffinity"
-        strace = ("strace", "-f", "-qq", calls, "-e", inject)
+        strace = (*QUICK_STRACE, calls, "-e", inject)
         result = run_python(
             f"from calls import errno_of; from mrelease import kill\n"
             f"print(errno_of(kill, {victim.pid}))",
@@ -169,7 +169,7 @@ def test_the_victim_is_barred_before_the_kill_and_boosted_after_the_release() ->
     calls = "sched_setaffinity,setpriority,pidfd_send_signal,process_mrelease"
     with victims.exit_stopped() as victim:
         program = f"from mrelease import kill; print(kill({victim.pid}).outcome)"
-        strace = ("strace", "-qq", f"-etrace={calls}", "-esignal=none")
+        strace = (*QUICK_STRACE, f"-etrace={calls}", "-esignal=none")
         result = run_python(program, under=strace)
     assert result.stdout == "released\n"
     made = [line.partition("(")[0] for line in result.stderr.splitlines()]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
 
 from .. import aio
 from .._kill import Options
@@ -41,7 +40,7 @@ TOPIC = "mrelease"  # of the events, and the name of the plugin
 _LOOK_PAUSE = 50  # milliseconds; a new worker takes longer than that to start
 
 _logger = logging.getLogger(__name__)
-_watches: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()  # by nanny
+_watches: dict[Any, _Watch] = {}  # by nanny, until it is let go of
 
 
 class _Process(Protocol):
