@@ -81,6 +81,11 @@ def test_the_lazy_names_are_public_and_the_rest_is_refused() -> None:
         mrelease.nothing  # noqa: B018
 
 
+def test_the_module_for_asyncio_comes_with_the_package_when_it_is_asked_for() -> None:
+    modules = fresh("import mrelease; mrelease.aio.kill")
+    assert {"mrelease.aio", "asyncio"} <= {*modules}
+
+
 # ---- Documentation
 
 SIGNATURES = {
