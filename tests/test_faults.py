@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import faults
 import victims
-from calls import run_python
+from calls import killed_next, run_python
+from mrelease import (
+    KillResult,
+    Pidfd,
+    kill,
+    kill_and_release,
+    process_mrelease,
+    terminate,
+)
 
 needs_release = pytest.mark.needs("release")
 pytestmark = pytest.mark.timeout(120)
 
-# A victim that any release succeeds on; what became of it goes to standard output.
+# What it reports goes to standard output.
 PRELUDE = """
 import errno, json, os, signal, sys
 import victims
@@ -26,15 +37,20 @@ def report(value):
 """
 
 
-def inject(program: str, *faults: str, prelude: str = PRELUDE) -> Any:
-    """Run a program whose system calls fail as told; return what it reports."""
-    calls = {fault.partition(":")[0] for fault in faults}
-    strace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={','.join(calls)}"]
-    for fault in faults:
-        strace += ["-e", f"inject={fault}"]
-    result = run_python(prelude + program, under=tuple(strace))
-    assert (result.returncode, result.stderr) == (0, "")
-    return json.loads(result.stdout)
+def inject(function: Callable[[], Any], *injected: str) -> Any:
+    """Call it in a child whose system calls fail as told; return what it returns."""
+    outcome = faults.injected(function, *injected)
+    assert outcome.injected
+    if outcome.raised:
+        raise outcome.raised
+    return outcome.value
+
+
+def killed(timeout: float | None, *injected: str) -> tuple[KillResult, int]:
+    """kill() a victim that any release succeeds on; what it holds after that, too."""
+    with victims.exit_stopped() as victim:
+        result = inject(lambda: kill(victim.pid, timeout=timeout), *injected)
+        return result, victim.anon()
 
 
 def filtered(program: str, action: str, *calls: str) -> Any:
@@ -52,12 +68,6 @@ def load():
     return json.loads(result.stdout)
 
 
-KILL = """
-with victims.exit_stopped() as victim:
-    result = kill(victim.pid, timeout=OPTION)
-    report([result.as_dict(), victim.anon(), victim.exited()])
-"""
-
 strace = pytest.mark.needs("strace", "release")
 seccomp = pytest.mark.needs("seccomp", "release")
 
@@ -67,32 +77,22 @@ seccomp = pytest.mark.needs("seccomp", "release")
 
 @strace
 def test_eagain_is_tried_again() -> None:
-    result, held, _ = inject(
-        KILL.replace("OPTION", "None"), "process_mrelease:error=EAGAIN:when=1..3"
-    )
-    assert (result["outcome"], result["attempts"], result["errno"]) == (
-        "released",
-        4,
-        0,
-    )
+    result, held = killed(None, "process_mrelease:error=EAGAIN:when=1..3")
+    assert (result.outcome, result.attempts, result.errno) == ("released", 4, 0)
     assert held == 0
 
 
 @strace
 def test_eagain_to_the_end_is_partial() -> None:
-    result, held, _ = inject(
-        KILL.replace("OPTION", "0.05"), "process_mrelease:error=EAGAIN"
-    )
-    assert (result["outcome"], result["released"]) == ("partial", False)
-    assert (result["errno"], held > 0) == (errno.EAGAIN, True)
+    result, held = killed(0.05, "process_mrelease:error=EAGAIN")
+    assert (result.outcome, result.released) == ("partial", False)
+    assert (result.errno, held > 0) == (errno.EAGAIN, True)
 
 
 @strace
 def test_einval_after_the_kill_is_tried_again() -> None:
-    result, held, _ = inject(
-        KILL.replace("OPTION", "None"), "process_mrelease:error=EINVAL:when=1..2"
-    )
-    assert (result["outcome"], result["attempts"], held) == ("released", 3, 0)
+    result, held = killed(None, "process_mrelease:error=EINVAL:when=1..2")
+    assert (result.outcome, result.attempts, held) == ("released", 3, 0)
 
 
 # ---- Final errors are not, and the kill stands
@@ -112,73 +112,83 @@ def test_einval_after_the_kill_is_tried_again() -> None:
 def test_an_error_that_will_not_pass_ends_it_at_the_timeout(
     error: str, outcome: str
 ) -> None:
-    result, held, _ = inject(
-        KILL.replace("OPTION", "0.05"), f"process_mrelease:error={error}"
-    )
-    assert (result["outcome"], result["released"]) == (outcome, False)
-    assert (result["signal"], result["attempts"]) == (signal.SIGKILL, 1)
-    assert result["errno"] == getattr(errno, error)
+    result, held = killed(0.05, f"process_mrelease:error={error}")
+    assert (result.outcome, result.released) == (outcome, False)
+    assert (result.signal, result.attempts) == (signal.SIGKILL, 1)
+    assert result.errno == getattr(errno, error)
     assert held > 0
 
 
 @strace
 @pytest.mark.parametrize("error", ["ENOSYS", "EPERM", "EAGAIN", "EINVAL"])
 def test_whatever_the_errno_who_has_exited_has_exited(error: str) -> None:
-    program = """
-with victims.victim() as victim:
-    report(kill(victim.pid, timeout=None).as_dict())
-"""
-    result = inject(program, f"process_mrelease:error={error}")
-    assert (result["outcome"], result["released"]) == ("exited", True)
-    assert result["errno"] in (getattr(errno, error), errno.ESRCH)
+    with victims.victim() as victim:
+        result = inject(
+            lambda: kill(victim.pid, timeout=None), f"process_mrelease:error={error}"
+        )
+    assert (result.outcome, result.released) == ("exited", True)
+    assert result.errno in (getattr(errno, error), errno.ESRCH)
 
 
 # ---- EINTR
 
 
-INTERRUPTED = """
-def handler(*args):
-    calls.append(args[0])
-    if RAISES:
-        raise ZeroDivisionError
-
-calls = []
-signal.signal(signal.SIGUSR1, handler)
-with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
-    try:
-        outcome = CALL
-    except ZeroDivisionError:
-        outcome = "raised"
-    victim.kill()
-    victim.wait_exit_stop()
-    report([outcome, len(calls), victim.anon()])
-"""
+EINTR = "process_mrelease:error=EINTR:signal=SIGUSR1:when=1"
 
 
-RELEASES = [
-    "kill_and_release(pidfd.fileno())",
-    "(victim.kill(), process_mrelease(pidfd.fileno()))[1]",
-    "kill(pidfd).errno",
-]
+def _kill_then_release(pidfd: Pidfd) -> None:
+    pidfd.send_signal(signal.SIGKILL)
+    process_mrelease(pidfd.fileno())
+
+
+# With what each returns.
+RELEASES: dict[str, tuple[Callable[[Pidfd], Any], Any]] = {
+    "kill_and_release": (lambda pidfd: kill_and_release(pidfd.fileno()), 0),
+    "process_mrelease": (_kill_then_release, None),
+    "kill": (lambda pidfd: kill(pidfd).errno, 0),
+}
+CALLS = {name: call for name, (call, _) in RELEASES.items()}
+CALLS["Pidfd.release"] = lambda pidfd: pidfd.release(timeout=1)
+
+
+def interrupted(
+    call: Callable[[Pidfd], Any], error: type[Exception] | None
+) -> tuple[Any, int, int]:
+    """What a call returns, how often the handler ran, what the victim holds."""
+    calls: list[int] = []
+
+    def handler(number: int, _: object) -> None:
+        calls.append(number)
+        if error:
+            raise error
+
+    with victims.exit_stopped() as victim:
+
+        def run() -> tuple[Any, int]:
+            signal.signal(signal.SIGUSR1, handler)
+            with Pidfd.open(victim.pid) as pidfd:
+                try:
+                    return call(pidfd), len(calls)
+                except ZeroDivisionError:
+                    return "raised", len(calls)
+
+        outcome, count = inject(run, EINTR)
+        victim.kill()
+        victim.wait_exit_stop()
+        return outcome, count, victim.anon()
 
 
 @strace
-@pytest.mark.parametrize("call", RELEASES)
-def test_after_a_signal_the_handler_runs_and_the_release_goes_on(call: str) -> None:
-    outcome, calls, held = inject(
-        INTERRUPTED.replace("CALL", call).replace("RAISES", "False"),
-        "process_mrelease:error=EINTR:signal=SIGUSR1:when=1",
-    )
-    assert (outcome, calls, held) == (0 if "process" not in call else None, 1, 0)
+@pytest.mark.parametrize("name", RELEASES)
+def test_after_a_signal_the_handler_runs_and_the_release_goes_on(name: str) -> None:
+    call, returned = RELEASES[name]
+    assert interrupted(call, None) == (returned, 1, 0)
 
 
 @strace
-@pytest.mark.parametrize("call", [*RELEASES, "pidfd.release(timeout=1)"])
-def test_after_a_signal_the_exception_of_its_handler_wins(call: str) -> None:
-    outcome, calls, held = inject(
-        INTERRUPTED.replace("CALL", call).replace("RAISES", "True"),
-        "process_mrelease:error=EINTR:signal=SIGUSR1:when=1",
-    )
+@pytest.mark.parametrize("name", CALLS)
+def test_after_a_signal_the_exception_of_its_handler_wins(name: str) -> None:
+    outcome, calls, held = interrupted(CALLS[name], ZeroDivisionError)
     assert (outcome, calls) == ("raised", 1)
     assert held > 0
 
@@ -186,83 +196,69 @@ def test_after_a_signal_the_exception_of_its_handler_wins(call: str) -> None:
 @strace
 @pytest.mark.parametrize("call", ["pidfd_open", "pidfd_send_signal"])
 def test_the_other_calls_go_on_after_a_signal_as_well(call: str) -> None:
-    # The victim is not the program's own: from Python 3.15 on the import of subprocess
-    # opens a pidfd too, and would be the first to do so.
-    fault = f"{call}:error=EINTR:signal=SIGUSR1:when=1"
+    calls: list[int] = []
     with victims.exit_stopped() as victim:
-        program = f"""
-import json, signal
-from mrelease import kill
-calls = []
-signal.signal(signal.SIGUSR1, lambda *args: calls.append(1))
-print(json.dumps([kill({victim.pid}).outcome, len(calls)]))
-"""
-        assert inject(program, fault, prelude="") == ["released", 1]
+
+        def run() -> tuple[str, int]:
+            signal.signal(signal.SIGUSR1, lambda number, _: calls.append(number))
+            return kill(victim.pid).outcome, len(calls)
+
+        fault = f"{call}:error=EINTR:signal=SIGUSR1:when=1"
+        assert inject(run, fault) == ("released", 1)
 
 
 @strace
 def test_a_signal_that_was_sent_is_not_sent_again() -> None:
-    program = """
-signal.signal(signal.SIGUSR1, lambda *args: None)
-with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
-    report(kill_and_release(pidfd.fileno()))
-"""
-    # Of two sendings the second would fail.
-    assert (
-        inject(
-            program,
-            "process_mrelease:error=EINTR:signal=SIGUSR1:when=1",
-            "pidfd_send_signal:error=EPERM:when=2+",
-        )
-        == 0
-    )
+    with victims.exit_stopped() as victim, Pidfd.open(victim.pid) as pidfd:
+
+        def run() -> int:
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+            return kill_and_release(pidfd.fileno())
+
+        # Of two sendings the second would fail.
+        assert inject(run, EINTR, "pidfd_send_signal:error=EPERM:when=2+") == 0
 
 
 # ---- The kill itself fails
+
+
+def cpus(victim: victims.Victim) -> list[set[int]]:
+    return [os.sched_getaffinity(tid) for tid in victim.threads()]
 
 
 @strace
 @pytest.mark.parametrize(
     ("function", "fault", "error"),
     [
-        ("kill", "pidfd_open:error=EMFILE", "EMFILE"),
-        ("kill", "pidfd_open:error=ENOSYS", "ENOSYS"),
-        ("kill", "pidfd_send_signal:error=EPERM:when=1", "EPERM"),
-        ("kill", "pidfd_send_signal:error=EPERM:when=2", "EPERM"),
-        ("kill", "pidfd_send_signal:error=ESRCH:when=2", "ESRCH"),
-        ("terminate", "pidfd_open:error=EPERM", "EPERM"),
-        ("terminate", "pidfd_send_signal:error=EPERM:when=2", "EPERM"),
+        (kill, "pidfd_open:error=EMFILE", "EMFILE"),
+        (kill, "pidfd_open:error=ENOSYS", "ENOSYS"),
+        (kill, "pidfd_send_signal:error=EPERM:when=1", "EPERM"),
+        (kill, "pidfd_send_signal:error=EPERM:when=2", "EPERM"),
+        (kill, "pidfd_send_signal:error=ESRCH:when=2", "ESRCH"),
+        (terminate, "pidfd_open:error=EPERM", "EPERM"),
+        (terminate, "pidfd_send_signal:error=EPERM:when=2", "EPERM"),
     ],
 )
 def test_where_nothing_can_be_sent_nothing_is_changed(
-    function: str, fault: str, error: str
+    function: Callable[[int], KillResult], fault: str, error: str
 ) -> None:
-    program = f"""
-with victims.victim(threads=3) as victim:
-    def scheduling():
-        return [[*os.sched_getaffinity(tid)] for tid in victim.threads()]
-    before = scheduling()
-    try:
-        {function}(victim.pid)
-    except OSError as error:
-        report([error.errno, victim.state(), scheduling() == before])
-"""
-    assert inject(program, fault) == [getattr(errno, error), "S", True]
+    with victims.victim(threads=3) as victim:
+        before = cpus(victim)
+        with pytest.raises(OSError, check=lambda e: e.errno == getattr(errno, error)):
+            inject(lambda: function(victim.pid), fault)
+        assert victim.state() == "S"
+        assert cpus(victim) == before
 
 
 @strace
 def test_where_a_reapers_worker_may_not_kill_the_threads_get_their_cpus_back() -> None:
-    program = """
-from calls import killed_next
-with victims.victim(threads=3) as victim, Pidfd.open(victim.pid) as pidfd:
-    def cpus():
-        return [[*os.sched_getaffinity(tid)] for tid in victim.threads()]
-    before = cpus()
-    answer = killed_next(pidfd.fileno(), victim.pid)
-    report([answer[1:], victim.state(), cpus() == before])
-"""
-    answer = inject(program, "pidfd_send_signal:error=EPERM")
-    assert answer == [[0, errno.EPERM], "S", True]
+    with victims.victim(threads=3) as victim, Pidfd.open(victim.pid) as pidfd:
+        before = cpus(victim)
+        fault = "pidfd_send_signal:error=EPERM"
+        answer = inject(lambda: killed_next(pidfd.fileno(), victim.pid), fault)
+        assert answer[1:] == (0, errno.EPERM)
+        assert victim.state() == "S"
+        assert cpus(victim) == before
 
 
 # ---- Filters

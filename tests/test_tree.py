@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import cgroups
+import faults
 import victims
 from calls import run_python
 from mrelease import KillResult, Pidfd, _proc, kill_tree
 from mrelease._stops import Stops
-from test_faults import inject
 from victims import NOBODY, apart, family
 
 MIB = 1 << 20
@@ -494,21 +494,19 @@ wait()
 
 # ---- If it fails midway
 
-FAILS = """
-import json, signal
-from mrelease import kill_tree
 
-def handler(*args):
-    raise ZeroDivisionError
+def kill_interrupted(root: int) -> str:
+    """Kill a tree; what it raised, a signal's handler perhaps."""
 
-signal.signal(signal.SIGUSR1, handler)
-try:
-    kill_tree(ROOT, wait=True, timeout=None)
-except (OSError, ZeroDivisionError) as error:
-    print(json.dumps(repr(error)))
-else:
-    print("null")
-"""
+    def handler(*_: object) -> None:
+        raise ZeroDivisionError
+
+    signal.signal(signal.SIGUSR1, handler)
+    try:
+        kill_tree(root, wait=True, timeout=None)
+    except (OSError, ZeroDivisionError) as error:
+        return repr(error)
+    return ""
 
 
 def check_nobody_is_left_stopped(fault: str) -> None:
@@ -516,8 +514,8 @@ def check_nobody_is_left_stopped(fault: str) -> None:
         stopped = tree.pids["rab"]
         os.kill(stopped, signal.SIGSTOP)
         tree.wait_states("T", "rab")
-        program = FAILS.replace("ROOT", str(tree.root))
-        error = inject(program, fault, prelude="")
+        error = faults.injected(lambda: kill_interrupted(tree.root), fault).value
+        assert isinstance(error, str), error
         # Whoever was killed may be on its way out; the living have been continued.
         states = tree.running()
         living = {pid: state for pid, state in states.items() if not _proc.dying(pid)}
