@@ -376,20 +376,6 @@ def test_the_doctor_reports_privileges_kernel_and_filter() -> None:
     assert result.returncode == (0 if report["process_mrelease"] is True else 5)
 
 
-@pytest.mark.needs("root", "mount", "unshare")
-def test_without_proc_the_doctor_says_what_is_lacking() -> None:
-    hide = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc; exec "$@"')
-    result = subprocess.run(
-        [*hide, "sh", *COMMAND, "doctor", "--json"], capture_output=True, text=True
-    )
-    report = json.loads(result.stdout)
-    assert report["proc"] is False
-    assert "mount -t proc" in report["advice"]["proc"]
-    assert report["CAP_KILL"] == report["seccomp"] == "unknown"
-    assert "CAP_KILL" not in report["advice"]
-    assert result.returncode == (0 if report["process_mrelease"] is True else 5)
-
-
 def test_the_version_is_the_packages() -> None:
     import mrelease
 

@@ -121,9 +121,12 @@ print(json.dumps([found["pidfd_open"], status]))
 main(["doctor", "--json"])
 """
     result = run_python(PRELUDE + program, under=under)
-    killed, found = map(json.loads, result.stdout.splitlines()[:2])
+    killed, found, report = map(json.loads, result.stdout.splitlines())
     assert (killed["exited"], killed["signal"]) == (True, 9)
     assert found == [True, 0]
-    # The doctor says in one line what it misses.
-    assert len(result.stderr.splitlines()) == (1 if under is NO_PROC else 0)
-    assert "Traceback" not in result.stderr
+    assert report["proc"] is False
+    assert "mount -t proc" in report["advice"]["proc"]
+    for name in ("CAP_KILL", "seccomp"):
+        assert (report[name] == "unknown") is (under is NO_PROC)
+    assert ("CAP_KILL" in report["advice"]) is (report["CAP_KILL"] is False)
+    assert result.stderr == ""
