@@ -75,12 +75,12 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     process that was seen. One that had exited before it could be opened is "exited"
     with 0 attempts; one that was moved to another cgroup meanwhile is "alive"; one that
     may not be signalled, or that /proc hides so that it is not proven, is "alive", its
-    errno EPERM. Members of other pid namespaces have no pid
-    here: only cgroup.kill kills them. With no descriptor left cgroup.kill still kills,
-    from a forked child, whom it can, which is not a process whose first thread has
-    exited, and nothing is released: the results say "exiting", their errno is EMFILE.
-    Where there is no cgroup.kill, a forked child of the caller lets whoever is stopped
-    go on, should the caller be killed.
+    errno EPERM. Members of other pid namespaces have no pid here: only cgroup.kill
+    kills them. With no descriptor left cgroup.kill still kills, from a forked child,
+    whom it can, which is not a process whose first thread has exited, and nothing is
+    released: the results say "exiting", their errno is EMFILE. Where there is no
+    cgroup.kill, a forked child of the caller lets whoever is stopped go on, should the
+    caller be killed.
 
     Raises ValueError for the root cgroup, the caller's own and those above it, one
     that holds pid 1, and what is no cgroup; FileNotFoundError and the like if it
@@ -100,7 +100,7 @@ def kill_cgroup(path: _Path, **options: Unpack[KillOptions]) -> list[KillResult]
     try:
         with Batch(settings) as batch:
             if killer is None:
-                return _kill_one_by_one(cgroup, [*members], batch)
+                return _kill_one_by_one(cgroup, {*members}, batch)
             return _kill_by_file(cgroup, killer, members, batch)
     finally:
         if killer is not None:
@@ -343,7 +343,7 @@ def _rest(
     return results
 
 
-def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[KillResult]:
+def _kill_one_by_one(cgroup: Cgroup, pids: set[int], batch: Batch) -> list[KillResult]:
     """Kill until nobody is left who is not dying."""
     with Stops() as stops:
         known: set[tuple[int, int | None]] = set()
@@ -367,7 +367,7 @@ def _kill_one_by_one(cgroup: Cgroup, pids: list[int], batch: Batch) -> list[Kill
     left = {*cgroup.all_pids()} - begun
     # Not to be proven members, as /proc hides them; or kernel threads.
     results += [unopened(pid, batch.options, "alive", errno=EPERM) for pid in left]
-    gone = {*pids} - begun - left
+    gone = pids - begun - left
     results += [_unlisted_one(pid, batch.options, None) for pid in gone]
     if results and all(one.errno == EPERM and not one.attempts for one in results):
         raise PermissionError(EPERM, os.strerror(EPERM), cgroup.path)
@@ -384,8 +384,10 @@ def _unlisted_one(pid: int, options: Options, signal: int | None) -> KillResult:
 def _lives_on(pid: int, options: Options) -> bool:
     """Whether the process that had a pid before the call has it still, and lives."""
     since = _proc.running_since(pid)
+    if since is None:
+        return False
     call = clock_gettime(CLOCK_BOOTTIME) - (monotonic() - options.start)
-    return since is not None and since < int(call * os.sysconf("SC_CLK_TCK"))
+    return since < int(call * os.sysconf("SC_CLK_TCK"))
 
 
 def _present(cgroup: Cgroup) -> set[tuple[int, int | None]]:

@@ -121,9 +121,7 @@ class _Task:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.future: Future[KillResult] = Future()
-        self.cancelled = (
-            False  # as the future says, whose own lock nobody here waits for
-        )
+        self.cancelled = False  # the future is, whose own lock is not waited for
         self.queued = False  # for a worker
         self.running = False  # in a worker
         self.settled = False  # the future has been given up, or gets its result
