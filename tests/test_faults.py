@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -222,10 +221,6 @@ def test_a_signal_that_was_sent_is_not_sent_again() -> None:
 # ---- The kill itself fails
 
 
-def cpus(victim: victims.Victim) -> list[set[int]]:
-    return [os.sched_getaffinity(tid) for tid in victim.threads()]
-
-
 @strace
 @pytest.mark.parametrize(
     ("function", "fault", "error"),
@@ -243,22 +238,22 @@ def test_where_nothing_can_be_sent_nothing_is_changed(
     function: Callable[[int], KillResult], fault: str, error: str
 ) -> None:
     with victims.victim(threads=3) as victim:
-        before = cpus(victim)
+        before = victim.affinities()
         with pytest.raises(OSError, check=lambda e: e.errno == getattr(errno, error)):
             inject(lambda: function(victim.pid), fault)
         assert victim.state() == "S"
-        assert cpus(victim) == before
+        assert victim.affinities() == before
 
 
 @strace
 def test_where_a_reapers_worker_may_not_kill_the_threads_get_their_cpus_back() -> None:
     with victims.victim(threads=3) as victim, Pidfd.open(victim.pid) as pidfd:
-        before = cpus(victim)
+        before = victim.affinities()
         fault = "pidfd_send_signal:error=EPERM"
         answer = inject(lambda: killed_next(pidfd.fileno(), victim.pid), fault)
         assert answer[1:] == (0, errno.EPERM)
         assert victim.state() == "S"
-        assert cpus(victim) == before
+        assert victim.affinities() == before
 
 
 # ---- Filters

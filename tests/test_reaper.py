@@ -126,6 +126,12 @@ def until(done):
 """
 
 
+def held_up(call: str, how: str) -> tuple[str, ...]:
+    """strace, which delays a system call: see --inject of strace(1)."""
+    inject = ("-e", f"inject={call}:{how}")
+    return (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", *inject)
+
+
 def reported(program: str, *under: str) -> Any:
     """Run a program in which a bug may leave threads that hang."""
     # Ignored: the warning of a fork beside threads, which is what is tested.
@@ -225,9 +231,7 @@ from mrelease import _proc
 result = Reaper(1).kill({victim.pid}, timeout=0).result(LIMIT)
 report(result.signal, result.attempts, _proc.dying({victim.pid}))
 """
-        call = "pidfd_send_signal"
-        inject = f"inject={call}:delay_enter=300000:when=1"
-        strace = (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", "-e", inject)
+        strace = held_up("pidfd_send_signal", "delay_enter=300000:when=1")
         sent, attempts, dying = reported(program, *strace)
         assert (sent, dying) == (signal.SIGKILL, True)
         assert attempts <= 1
@@ -637,9 +641,7 @@ until(lambda: _proc.anonymous({victim.pid}) == 0)
 report(_proc.anonymous({victim.pid}))
 """
         # Its worker is held up on the way back from the SIGKILL.
-        call = "pidfd_send_signal"
-        inject = f"inject={call}:delay_exit=300000"
-        strace = (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", "-e", inject)
+        strace = held_up("pidfd_send_signal", "delay_exit=300000")
         assert reported(program, *strace) == [0]
 
 
@@ -766,13 +768,8 @@ except TimeoutError:
     report("no answer")
 """
         # The release is done, and its worker is held up on the way back from it.
-        call = "process_mrelease"
-        inject = f"inject={call}:delay_exit=2000000:when=1"
-        strace = (*QUICK_STRACE, "-o/dev/null")
-        assert reported(program, *strace, f"-etrace={call}", "-e", inject) == [
-            errno.EBADF,
-            "released",
-        ]
+        strace = held_up("process_mrelease", "delay_exit=2000000:when=1")
+        assert reported(program, *strace) == [errno.EBADF, "released"]
 
 
 @needs_release
@@ -1212,9 +1209,7 @@ def test_at_exit_a_kill_is_sent_though_its_worker_is_held_up_before_it() -> None
         program = f"from mrelease import Reaper; Reaper(1).kill({victim.pid})"
         # The first signal of the main thread is signal 0, that of the worker SIGKILL,
         # which the exit overtakes.
-        call = "pidfd_send_signal"
-        inject = f"inject={call}:delay_enter=500000:when=1"
-        strace = (*QUICK_STRACE, "-o/dev/null", f"-etrace={call}", "-e", inject)
+        strace = held_up("pidfd_send_signal", "delay_enter=500000:when=1")
         result = run_python(program, under=strace)
         assert result.returncode == 0
         _until_exit(victim)

@@ -16,10 +16,6 @@ from mrelease import Pidfd, _sched, kill, kill_and_release
 from mrelease._mrelease import bar_kill_and_release
 
 
-def affinities(victim: victims.Victim) -> list[set[int]]:
-    return [os.sched_getaffinity(tid) for tid in victim.threads()]
-
-
 def kill_and_release_barred(pidfd: Pidfd) -> int:
     return bar_kill_and_release(pidfd.fileno(), pidfd.pid)
 
@@ -59,7 +55,7 @@ def test_every_thread_is_barred_from_the_cpu(
         os.kill(victim.pid, signal.SIGSTOP)
         assert kill_barred(pidfd) == 0
         victim.wait_exit_stop()
-        assert affinities(victim) == [cpus - {cpu}] * 80
+        assert victim.affinities() == [cpus - {cpu}] * 80
 
 
 @pytest.mark.needs("cpus", "release")
@@ -73,7 +69,7 @@ def test_a_thread_that_may_not_run_on_the_cpu_is_left_alone(
         os.sched_setaffinity(victim.pid, {other})
         assert kill_barred(pidfd) == 0
         victim.wait_exit_stop()
-        assert affinities(victim) == [{other}]
+        assert victim.affinities() == [{other}]
 
 
 @pytest.mark.needs("cpus", "release")
@@ -85,7 +81,7 @@ def test_a_victim_pinned_to_the_cpu_gets_another(
         os.sched_setaffinity(victim.pid, {cpu})
         assert kill_barred(pidfd) == 0
         victim.wait_exit_stop()
-        (affinity,) = affinities(victim)
+        (affinity,) = victim.affinities()
         assert affinity
         assert cpu not in affinity
 
@@ -93,7 +89,7 @@ def test_a_victim_pinned_to_the_cpu_gets_another(
 @pytest.mark.needs("cpus", "strace")
 def test_where_the_signal_is_refused_every_thread_is_let_back() -> None:
     with victims.victim(1, threads=3) as victim:
-        before = affinities(victim)
+        before = victim.affinities()
         # The first is the check, which sends no signal.
         inject = "inject=pidfd_send_signal:error=EPERM:when=2"
         calls = "-etrace=pidfd_send_signal,sched_setaffinity"
@@ -105,14 +101,14 @@ def test_where_the_signal_is_refused_every_thread_is_let_back() -> None:
         )
         assert result.stdout == f"{errno.EPERM}\n"
         assert result.stderr.count("sched_setaffinity") == 6  # barred, and let back
-        assert affinities(victim) == before
+        assert victim.affinities() == before
         assert victim.state() == "S"
 
 
 @pytest.mark.needs("cpus", "strace")
 def test_a_handler_that_raises_before_the_kill_leaves_the_victim_as_it_was() -> None:
     with victims.victim(1, threads=3) as victim:
-        before = affinities(victim)
+        before = victim.affinities()
         program = f"""
 import signal
 from mrelease import kill
@@ -131,7 +127,7 @@ except ZeroDivisionError:
         result = run_python(program, under=strace)
         assert result.stdout == "raised\n"
         assert result.stderr.count("sched_setaffinity") == 6  # barred, and let back
-        assert affinities(victim) == before
+        assert victim.affinities() == before
         assert victim.state() == "S"
 
 
@@ -139,13 +135,13 @@ except ZeroDivisionError:
 def test_nobody_is_barred_through_the_descriptor_of_another(cpu: int) -> None:
     with victims.victim(1) as victim:
         os.sched_setaffinity(victim.pid, range(1024))
-        before = affinities(victim)
+        before = victim.affinities()
         unused = 1 << 20
         assert killed_next(unused, victim.pid) == (unused, 0, errno.EBADF)
         assert errno_of(bar_kill_and_release, unused, victim.pid) == errno.EBADF
         with victims.zombie() as gone, Pidfd.open(gone.pid) as pidfd:
             assert bar_kill_and_release(pidfd.fileno(), victim.pid) != 0
-        assert affinities(victim) == before
+        assert victim.affinities() == before
         assert victim.state() == "S"
 
 

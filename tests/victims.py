@@ -462,6 +462,10 @@ class Victim(Child):
     def threads(self) -> list[int]:
         return [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
 
+    def affinities(self) -> list[set[int]]:
+        """The CPUs of each thread."""
+        return [os.sched_getaffinity(tid) for tid in self.threads()]
+
     def stop(self) -> None:
         """SIGSTOP, and wait until every thread has stopped. Not for a Tracee."""
         os.kill(self.pid, signal.SIGSTOP)
