@@ -118,6 +118,11 @@ def call(tid):
     with open(f"/proc/self/task/{tid}/syscall") as text:
         return text.read().split()[0]
 
+def at_rest(pool):
+    # A worker counts as idle until it takes the GIL with what it has been given.
+    with pool._lock:
+        return pool._idle and not (pool._handed or pool._looks or pool._queue)
+
 def until(done):
     end = time.monotonic() + LIMIT
     while not done() and time.monotonic() < end:
@@ -731,7 +736,7 @@ with (
     to_cancel = reaper.kill(third.pid, wait=True, timeout=None)
     spoilt.wait_exit_stop()
     third.wait_exit_stop()
-    until(lambda: reaper._pool._idle == 1)  # it reads /proc no more
+    until(lambda: at_rest(reaper._pool))  # it reads /proc no more
     (fd,) = pidfds(spoilt.pid)
     {spoil}
     to_cancel.cancel()
