@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cgroups import Kind, cgroup, enter
 from mrelease import (
     KillResult,
     Pidfd,
+    _batch,
     _groups,
     _proc,
     cgroup_pidfds,
@@ -613,6 +614,26 @@ def test_a_leader_that_has_exited_before_its_threads_is_killed(kind: Kind) -> No
         assert family.running() == {}
 
 
+@needs_v2
+def test_whoever_seemed_to_survive_cgroup_kill_was_killed_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wait_until_gone(pidfd: Pidfd) -> None:
+        with suppress(ProcessLookupError):
+            while True:
+                pidfd.send_signal(0)
+
+    with cgroup("v2") as path, victims.family("wait()", "root", join=[path]) as family:
+        if not (path / "cgroup.kill").exists():
+            pytest.skip("needs cgroup.kill of Linux 5.14")
+        for module in (_batch, _groups):
+            monkeypatch.setattr(module, "has_idle_cpu", lambda pids: True)
+        # A dying thread drops the signal a moment before it is flagged.
+        monkeypatch.setattr(_proc, "dying", lambda pid: False)
+        monkeypatch.setattr(_batch, "check_victim", wait_until_gone)
+        assert killed(kill_cgroup(path, wait=True, timeout=None)) == [family.root]
+
+
 @both
 def test_only_zombies_are_nobody(kind: Kind) -> None:
     with cgroup(kind) as path, victims.victim(1) as victim:
@@ -922,7 +943,7 @@ def test_the_memory_of_frozen_processes_comes_back() -> None:
 
 
 @needs_release
-@pytest.mark.needs("root", "memcg", "cpus")
+@pytest.mark.needs("root", "memcg", "cpus", "policies")
 def test_the_memory_of_starved_processes_comes_back() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     with cgroup("memory") as path, born_in(path, 32) as pids, victims.spinners(cpus):

@@ -192,11 +192,12 @@ def _kill_by_file(
     batch.patience = INFINITY  # nobody is left whose kill would have to wait
     lacking = _kill_rest(cgroup, killer, pids, members, batch)
     batch.finish()
-    # Whoever may not be signalled any more, of a sudden, cgroup.kill has killed.
-    refused = {s for s in batch.begun if isinstance(batch.results[s], OSError)}
-    begun = [sequence for sequence in batch.begun if sequence not in refused]
-    others = {*pids, *(s.pidfd.pid for s in refused)} - {s.pidfd.pid for s in begun}
-    return batch.killed(begun) + _rest(cgroup, batch.options, lacking, others)
+    # Whoever was gone, or might not be signalled any more, cgroup.kill has killed.
+    answers = [batch.results[sequence] for sequence in batch.begun]
+    results = [one for one in answers if isinstance(one, KillResult) and one.signal]
+    begun = {sequence.pidfd.pid for sequence in batch.begun}
+    others = (pids | begun) - {result.pid for result in results}
+    return results + _rest(cgroup, batch.options, lacking, others)
 
 
 def _write_kill(killer: int) -> None:
