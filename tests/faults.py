@@ -26,7 +26,7 @@ from typing import Any
 import victims
 from mrelease import KillResult, _proc
 
-TIMEOUT = 60  # seconds for what takes milliseconds
+TIMEOUT = 120  # seconds for what takes milliseconds: emulated machines are slow
 
 PR_SET_PTRACER = 0x59616D61
 # What the child calls until strace answers in the kernel's place: getpgid(0) of none.

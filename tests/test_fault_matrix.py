@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from mrelease import (
     kill_tree,
     terminate,
 )
+from mrelease._reaper import Pool
 
 Record = Callable[[str, object], None]
 
@@ -77,17 +79,27 @@ class Function:
     midway: bool = False  # it sends something before the kill, and may fail after it
 
 
+def _end(pool: Pool) -> None:
+    """Close it and wait for its threads, else they would be taken for what it left."""
+    pool.close(wait=True)
+    while pool._threads:  # a slow release, which close() does not wait for
+        time.sleep(0.001)
+
+
 def _reaped(pid: int) -> KillResult:
     with Reaper(1) as reaper:
-        return reaper.kill(pid, timeout=0.05).result(30)
+        try:
+            return reaper.kill(pid, timeout=0.05).result(30)
+        finally:
+            _end(reaper._pool)
 
 
 def _awaited(pid: int) -> KillResult:
     try:
         return asyncio.run(aio.kill(pid, timeout=0.05))
     finally:
-        while aio._pools:  # else they would be taken for what it has left
-            aio._pools.pop().close(wait=True)
+        while aio._pools:
+            _end(aio._pools.pop())
 
 
 def _by_pidfd(pid: int) -> KillResult:
