@@ -62,7 +62,11 @@ def _why_no_testcapi() -> str | None:
 
 
 def _why_no_uvloop() -> str | None:
-    return None if importlib.util.find_spec("uvloop") else "needs uvloop"
+    try:
+        import uvloop  # noqa: F401
+    except ImportError as error:  # of its own, or of what it needs
+        return f"needs uvloop: {error}"
+    return None
 
 
 def _why_no_package(module: str, extra: str) -> Callable[[], str | None]:
@@ -72,6 +76,16 @@ def _why_no_package(module: str, extra: str) -> Callable[[], str | None]:
         return f"needs {module}: pip install 'mrelease[{extra}]'"
 
     return why
+
+
+def _why_no_policies() -> str | None:
+    try:
+        os.sched_getscheduler(0)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return "needs a C library with sched_setscheduler()"
+    return None
 
 
 def _why_no_subinterpreters() -> str | None:
@@ -97,6 +111,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "mount": _why_no("mount"),
     "pidns": _why_no_small_pids,
     "pids": cgroups.why_no_pids,
+    "policies": _why_no_policies,
     "release": _why_no_release,
     "root": victims.why_not_root,
     "seccomp": _why_no_seccomp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -87,5 +88,5 @@ exit(main(["demo", "--size", "1024"]))
     )
     assert result.returncode == 1
     assert result.stderr == (
-        "mrelease: a child could not be made ready: Cannot allocate memory\n"
+        f"mrelease: a child could not be made ready: {os.strerror(errno.ENOMEM)}\n"
     )

@@ -85,7 +85,9 @@ def test_a_victim_stuck_in_d_state_is_released_and_stays() -> None:
 
 @needs_release
 @pytest.mark.needs("cpus")
-@pytest.mark.parametrize("policy", ["idle", "nice"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("idle", marks=pytest.mark.needs("policies")), "nice"]
+)
 def test_a_starved_victim_loses_at_least_half_its_memory(policy: str) -> None:
     with victims.starved(64, policy) as victim, opened(victim.pid) as fd:  # type: ignore[arg-type]
         held = victim.anon()
