@@ -18,6 +18,7 @@ from matrix import (
     kernels,
     long,
     machines,
+    musl,
     nohang,
     project,
     pythons,
@@ -87,6 +88,11 @@ CELLS = {
         )
         for version in ("3.11", "3.14")
     },
+    "musl": Cell(
+        musl.run,
+        "the suite on a Python of the C library musl; compiled, the first time",
+        6,
+    ),
     "guard": Cell(
         guard.run,
         "examples/guard.py in guests of 512 MiB that run out of it, with PSI and not",

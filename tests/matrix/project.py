@@ -97,6 +97,13 @@ def pure_site(job: Job, to: Path) -> None:
     shutil.copytree(packages, to, ignore=shutil.ignore_patterns(*compiled))
 
 
+def foreign_site(job: Job, to: Path, platform: str, version: str) -> None:
+    """The same for another Python, of which there are wheels, but that has no pip."""
+    wanted = "--only-binary=:all:", "--platform", platform, "--python-version", version
+    install = "-m", "pip", "-q", "install", "--target", to, *wanted
+    _oldest(job, *install, *test_extra(job.source))
+
+
 def install(wheel: Path, to: Path) -> None:
     """Unpack a wheel: ours has nothing but files for site-packages."""
     shutil.unpack_archive(wheel, to, "zip")

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ REQUIRED = os.environ.get("MRELEASE_REQUIRE", "cpus,mount,root,seccomp,strace,un
 SUITES = ("bookworm", "trixie", "sid")
 COMPILE = ["gcc", "libc6-dev", "libffi-dev", "libssl-dev", "make", "zlib1g-dev"]
 NEEDED = ["gcc", "libc6-dev", "netbase"]
+QUICK = ["-q", "--disable-test-modules"]  # how a Python is configured
 
 
 @dataclass
@@ -92,8 +93,9 @@ def compiled(
         prefix = CACHE / "cpython" / "-".join([version, *options]).replace("---", "-")
         with debian.locked(prefix.name):
             if not (prefix / "bin/python3").exists():
+                shutil.rmtree(prefix, ignore_errors=True)
                 shell = Python("sh", root, under)
-                build(job, apt, shell, prefix, f"python{version}", options)
+                build(job, apt, shell, prefix, f"python{version}", [*QUICK, *options])
         return Python(str(prefix / "bin/python3"), root, under)
     return None
 
@@ -104,20 +106,23 @@ def build(
     shell: Python,
     prefix: Path,
     package: str,
-    options: tuple[str, ...],
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> None:
+    """Compile a source package of Debian's, and install it."""
     with tempfile.TemporaryDirectory(dir=job.work) as name:
         folder = Path(name)
         words = ["-qq", "source", "--download-only", package]
         job.must("apt-get", *apt.options(), *words, cwd=folder)
-        (source,) = folder.glob("*.orig.tar.?z")
+        found = folder.glob("*.orig.tar.*")
+        (source,) = (path for path in found if path.suffix != ".asc")
         job.must("tar", "-xf", source, "--strip-components=1", cwd=folder)
         script = (
-            './configure -q --prefix="$0" --disable-test-modules "$@" > configure.log'
+            './configure --prefix="$0" "$@" > configure.log'
             ' && make -s -j"$(nproc)" > make.log && make -s install > install.log'
         )
-        shutil.rmtree(prefix, ignore_errors=True)
-        if shell.run(job, shell.path, "-c", script, prefix, *options, cwd=folder):
+        words = [shell.path, "-c", script, str(prefix), *options]
+        if shell.run(job, *words, cwd=folder, env=env):
             shutil.rmtree(prefix, ignore_errors=True)
             raise Failure(f"{package} cannot be compiled")
 
@@ -162,10 +167,22 @@ def prepared(
         if python.run(job, *words, cwd=checkout, env=build):
             raise Failure("the project cannot be installed")
     shutil.rmtree(checkout / "build", ignore_errors=True)
+    check(job, python, venv, expected, env)
+    return venv
+
+
+def check(
+    job: Job,
+    python: Python,
+    venv: Path,
+    expected: str,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Note what was installed; fail if it is not what the cell is about."""
     before = job.log.tell()
     program = CHECK.format(expected=expected)
     words = [venv / "bin/python", "-P", "-c", program]
-    status = python.run(job, *words, cwd=checkout, env=env)
+    status = python.run(job, *words, cwd=job.work / "checkout", env=env)
     said = job.logged(before)
     for word in ("python", "extension"):
         if found := re.search(rf"^@@ {word} (.+)$", said, re.M):
@@ -174,7 +191,6 @@ def prepared(
         raise Failure("it is not the Python or the extension that it should be")
     job.on["kernel"] = os.uname().release
     job.on["machine"] = os.uname().machine
-    return venv
 
 
 def suite(
