@@ -33,7 +33,7 @@ from typing import IO, Literal, TypeVar
 
 import cgroups
 
-TIMEOUT = 30  # seconds for what takes milliseconds: emulated machines are slow
+TIMEOUT = 120  # seconds for what takes milliseconds: emulated machines are slow
 
 PTRACE_CONT = 7
 PTRACE_SEIZE = 0x4206

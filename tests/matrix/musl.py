@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     python = compiled(job)
     venv = job.work / "venv"
     checkout = project.copy(job)
-    wheel = project.given(job, "musllinux", "x86_64")
+    given = project.given(job, "musllinux", "x86_64")
     if python.run(job, python.path, "-m", "venv", venv):
         raise Failure("no environment can be made")
     # Fetched by another Python, as this one has no TLS.
@@ -74,7 +74,8 @@ def run(job: Job) -> None:
     project.foreign_site(job, site, PLATFORM, VERSION)
     offline = ["--no-index", "--no-deps", "--no-build-isolation"]
     pip = [venv / "bin/python", "-m", "pip", "-q", "install", *offline]
-    if python.run(job, *pip, wheel or ".", cwd=checkout):
+    ours = shutil.copy(given, job.work) if given else "."  # where the root shows it
+    if python.run(job, *pip, ours, cwd=checkout):
         raise Failure("the project cannot be installed")
     shutil.rmtree(checkout / "build", ignore_errors=True)
     pythons.check(job, python, venv, "gil and abi3 and not debug")
