@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def one(name: str, source: Path, args: list[str], wheels: Path | None) -> bool:
     """Run a cell, print its line, keep its result; whether it has not failed."""
     print(f"{name:15}", end=" ", flush=True)
     start, commit = time.monotonic(), project.commit(source)
+    date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     why = ""
     with job(name, source, args, wheels) as this:
         try:
@@ -168,6 +170,7 @@ def one(name: str, source: Path, args: list[str], wheels: Path | None) -> bool:
         folder.mkdir(exist_ok=True)
         result = {
             "commit": commit,
+            "date": date,
             "state": state,
             "why": why,
             "on": this.on,
@@ -203,7 +206,9 @@ def main() -> int:
     parser.add_argument(
         "--json", action="store_true", help="their names, for a workflow"
     )
-    parser.add_argument("--report", action="store_true", help="write docs/testing.md")
+    parser.add_argument(
+        "--report", action="store_true", help="keep results, write docs/testing.md"
+    )
     parser.add_argument("--source", type=Path, default=HERE, help="another checkout")
     parser.add_argument(
         "--wheels",
@@ -227,5 +232,7 @@ def main() -> int:
     wheels = options.wheels.resolve() if options.wheels else None
     good = [one(name, source, args, wheels) for name in names]
     if options.report:
-        report.write(CELLS, CACHE / "results", source / "docs/testing.md")
+        kept = source / "tests/matrix/results"
+        report.keep(CACHE / "results", kept)
+        report.write(CELLS, kept, source / "docs/testing.md")
     return 0 if all(good) else 1

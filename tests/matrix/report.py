@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,24 @@ COLUMNS = [
 
 def _row(values: Iterable[object]) -> str:
     return "| " + " | ".join(str(value) for value in values) + " |\n"
+
+
+def keep(found: Path, kept: Path) -> None:
+    """Take this machine's results into the project, but for those it has newer ones of.
+
+    No one machine runs all cells, and none is kept for ever.
+    """
+    kept.mkdir(exist_ok=True)
+    for path in found.glob("*.json"):
+        to = kept / path.name
+        if not to.exists() or _date(to) < _date(path):
+            shutil.copy(path, to)
+
+
+def _date(path: Path) -> str:
+    """When a cell was started, as text that sorts; the first results did not say it."""
+    date: str = json.loads(path.read_text()).get("date", "")
+    return date
 
 
 def write(cells: Iterable[str], results: Path, to: Path) -> None:
