@@ -183,10 +183,10 @@ class TestTinyRuns:
 
     def test_a_way_through_a_reaper_is_timed(self) -> None:
         with counted() as memory, mrelease.Reaper() as through:
-            asked, back = reaper.measure(
+            seen = reaper.measure(
                 lambda pidfd: through.kill(pidfd).result(), memory, 16, Event()
             )
-        assert 0 < asked < back
+        assert min(seen) > 0  # of memory and exit, either may be seen first
 
     def test_an_import_is_timed_and_the_first_kill_watched(self) -> None:
         assert imports.seconds("import mrelease") > 0
