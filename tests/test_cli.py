@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -338,15 +339,46 @@ sys.exit(main(["kill", "--wait", "{one.pid}", "{two.pid}"]))
         assert two.exited()
 
 
-def on_terminal(*arguments: object) -> tuple[int, str]:
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_is_as_wide_as_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    status, output = on_terminal("kill", "--help", columns=columns)
+    assert status == 0
+    assert columns - 15 < max(map(len, output.splitlines())) <= columns - 2
+    monkeypatch.setenv("COLUMNS", "70")
+    assert on_terminal("kill", "--help", columns=columns)[1] != output
+
+
+def test_a_kill_does_not_load_what_only_help_needs() -> None:
+    with victims.victim(1) as victim:
+        program = f"""
+import sys
+before = set(sys.modules)
+from mrelease._cli import main
+main(["kill", "{victim.pid}"])
+print("loaded", *set(sys.modules) - before)
+"""
+        result = run_python(program)
+        loaded = result.stdout.splitlines()[-1].split()
+        assert "argparse" in loaded
+        assert "shutil" not in loaded
+
+
+def on_terminal(*arguments: object, columns: int = 80) -> tuple[int, str]:
     """Run the command on a terminal of its own; return its status and what it shows."""
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, columns))
     try:
         with subprocess.Popen(
             [*COMMAND, *map(str, arguments)],
             stdin=follower,
             stdout=follower,
             stderr=follower,
+            # Left to itself the child has COLUMNS, of readline in this process.
+            env=os.environ,
         ) as process:
             os.close(follower)
             shown = b""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import suppress
+from functools import partial
 
 from . import __version__, _kill_command
 from ._output import (
@@ -51,12 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # argparse makes one for each argument, and left to itself asks shutil, which loads
+    # all that can compress, for the terminal's width.
+    formatter = partial(argparse.HelpFormatter, width=_columns() - 2)
     # No abbreviations: an option of a killer means what it says, now and later.
     parser = argparse.ArgumentParser(
         prog="mrelease",
         description="Kill processes and get their memory back at once.",
         epilog=_STATUS,
         allow_abbrev=False,
+        formatter_class=formatter,
     )
     version = f"mrelease {__version__}"
     parser.add_argument("--version", action="version", version=version)
@@ -66,8 +73,27 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", _add_doctor, "say what works on this machine"),
         ("demo", _add_demo, "show it on starved victims of its own"),
     ):
-        add(commands.add_parser(name, help=text, epilog=_STATUS, allow_abbrev=False))
+        add(
+            commands.add_parser(
+                name,
+                help=text,
+                epilog=_STATUS,
+                allow_abbrev=False,
+                formatter_class=formatter,
+            )
+        )
     return parser
+
+
+def _columns() -> int:
+    """The terminal's width, as shutil.get_terminal_size() finds it."""
+    columns = 0
+    with suppress(KeyError, ValueError):
+        columns = int(os.environ["COLUMNS"])
+    if columns <= 0:
+        with suppress(OSError):  # no terminal
+            columns = os.get_terminal_size(1).columns
+    return columns if columns > 0 else 80
 
 
 def _add_kill(parser: argparse.ArgumentParser) -> None:
