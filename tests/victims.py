@@ -600,8 +600,12 @@ class Family(Child):
         states: dict[int, str] = {}
         children: dict[int, list[int]] = {}
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            with (
+                suppress(FileNotFoundError, ProcessLookupError),
+                # A Path interns its parts, which a free-threaded 3.13 keeps for ever.
+                open(f"/proc/{pid}/stat", errors="replace") as stat,
+            ):
+                text = stat.read()
                 state, parent, *rest = text.rpartition(")")[2].split()
                 children.setdefault(int(parent), []).append(pid)
                 # A leader that has exited before its threads looks like a zombie.
