@@ -1237,3 +1237,27 @@ sys.exit(not blocked)
         assert (result.returncode, result.stderr) == (0, "")
         other.wait_exit()
         assert not stuck.exited()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_at_exit_no_thread_is_in_python(workers: int) -> None:
+    with victims.victim(1) as victim:
+        program = f"""
+import atexit, mrelease._reaper
+mrelease._reaper._PATIENCE = LIMIT
+told, exiting = threading.Event(), threading.Event()
+
+def callback(future):
+    told.set()
+    exiting.wait()
+    time.sleep(0.3)
+    os.write(1, b"done")
+
+reaper = Reaper({workers})
+reaper.kill({victim.pid}, wait=True, timeout=None).add_done_callback(callback)
+told.wait()
+atexit.register(exiting.set)
+"""
+        result = run_python(PRELUDE + program)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == "done"

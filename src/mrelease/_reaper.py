@@ -56,6 +56,9 @@ class Reaper:
     daemon threads. Use it as a context manager, which closes it. Thread-safe. After a
     fork it can be closed in the child, and no more: make another there. Linux 5.15 for
     the releases, 5.3 for the kills.
+
+    The interpreter's exit sends each kill that was begun, and then waits at most 0.1
+    seconds for what the threads are doing: it does not wait for results.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class Pool:
         self._tasks: set[_Task] = set()
         self._idle = 0  # workers that wait at the pipe
         self._looks = 0  # words to look at the queue that are in the pipe
+        self._watching = False  # the watcher waits
         self._closing = False
         self._exiting = False  # the interpreter, and with it the threads
         self._threads: set[Thread] = set()
@@ -180,7 +184,7 @@ class Pool:
         except BaseException:
             self.close(wait=True)
             raise
-        atexit.register(self._send_unsent)
+        atexit.register(self._leave_nothing_undone)
 
     def start(self, sequence: Sequence) -> Future[KillResult]:
         """Go on with a kill; its Pidfd is the pool's to close, whatever happens."""
@@ -265,7 +269,7 @@ class Pool:
             self._threads.discard(current_thread())
             if self._closing and not self._threads:
                 self._close_channels()
-                atexit.unregister(self._send_unsent)
+                atexit.unregister(self._leave_nothing_undone)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -326,6 +330,7 @@ class Pool:
                     return
                 until = min((task.due() for task in tasks), default=INFINITY)
                 wakeup = self._wakeup
+                self._watching = True
             try:
                 exited = _poll(fds, wakeup, until - monotonic())
             except OSError:
@@ -334,6 +339,7 @@ class Pool:
                 exited = None
             settled: list[tuple[_Task, KillResult | Exception | None]] = []
             with self._lock:
+                self._watching = False
                 for fd, task in zip(fds, tasks, strict=True):
                     if task not in self._tasks:
                         continue  # retired by a worker meanwhile
@@ -475,6 +481,7 @@ class Pool:
     def _wake(self) -> None:
         if self._wakeup >= 0:
             os.eventfd_write(self._wakeup, 1)
+            self._watching = False
         self._changed.notify_all()
 
     def _close_channels(self) -> None:
@@ -484,10 +491,26 @@ class Pool:
             if fd >= 0:
                 os.close(fd)
 
-    def _send_unsent(self) -> None:
-        """At the interpreter's exit: no kill is lost with the threads."""
+    def _leave_nothing_undone(self) -> None:
+        """At the interpreter's exit."""
         if self.pid != os.getpid():
             return
+        self._send_unsent()
+        # Of a thread that is in Python as the interpreter ends, memory may be used that
+        # has been freed: with musl's malloc() it crashes. One that is blocked does not
+        # hold up the exit for long.
+        until = monotonic() + _PATIENCE
+        while not self._is_at_rest() and monotonic() < until:
+            sleep(0.001)
+
+    def _is_at_rest(self) -> bool:
+        """Whether every thread waits, outside of Python, and is to go on waiting."""
+        with self._lock:
+            told = self._handed or self._looks
+            return self._watching and not told and self._idle == len(self._threads) - 1
+
+    def _send_unsent(self) -> None:
+        """No kill is lost with the threads."""
         now = monotonic()
         with self._lock:
             self._exiting = True
