@@ -113,7 +113,8 @@ def build(
     with tempfile.TemporaryDirectory(dir=job.work) as name:
         folder = Path(name)
         words = ["-qq", "source", "--download-only", package]
-        job.must("apt-get", *apt.options(), *words, cwd=folder)
+        if job.run("apt-get", *apt.options(), *words, cwd=folder):
+            raise Skip(f"no source of {package} to be had of Debian {apt.name}")
         found = folder.glob("*.orig.tar.*")
         (source,) = (path for path in found if path.suffix != ".asc")
         job.must("tar", "-xf", source, "--strip-components=1", cwd=folder)
