@@ -216,7 +216,7 @@ def main() -> int:
         metavar="DIR",
         help="test the wheels there, of .ci/cross, in emulated machines",
     )
-    options = parser.parse_args(ours)
+    options = parser.parse_intermixed_args(ours)
     names = list(CELLS) if options.names == ["all"] else options.names
     if unknown := set(names) - CELLS.keys():
         parser.error(f"no such cell: {', '.join(sorted(unknown))}")
