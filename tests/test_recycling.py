@@ -30,15 +30,17 @@ from mrelease import KillResult, cgroup_pidfds, kill, kill_cgroup, kill_tree
 
 MODE, TOP, GROUP, NUMBER = PARAMETERS
 TOP, GROUP = Path(TOP), Path(GROUP)
-CLONE_VM = 0x100
+CLONE_VM, CLONE_CHILD_CLEARTID = 0x100, 0x200000
+SLOTS = 256
 LIVE = 40  # of each kind at a time: few pids are free, and soon taken again
 LIFE = 2000  # microseconds at most
 
 pointer = ctypes.c_void_p
 libc = ctypes.CDLL(None)
-libc.clone.argtypes = (pointer, pointer, ctypes.c_int, pointer)
-stacks = mmap.mmap(-1, 256 << 14, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+libc.clone.argtypes = (pointer, pointer, ctypes.c_int, *[pointer] * 4)
+stacks = mmap.mmap(-1, SLOTS << 14, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 base = ctypes.addressof(ctypes.c_char.from_buffer(stacks))
+taken = (ctypes.c_int * SLOTS)()  # which the kernel clears at the exit
 usleep = ctypes.cast(libc.usleep, pointer)
 shared = mmap.mmap(-1, 4096)  # what a process tells the others
 
@@ -52,7 +54,13 @@ BORN, HIT, MOVED, KILLS, CALLS, RECYCLED, READY, DONE = range(8)
 
 def start(slot, life=LIFE):
     top = base + (slot + 1 << 14)
-    return libc.clone(usleep, top, CLONE_VM | signal.SIGCHLD, random.randrange(life))
+    flags = CLONE_VM | CLONE_CHILD_CLEARTID | signal.SIGCHLD
+    taken[slot] = 1
+    clear = ctypes.addressof(taken) + slot * ctypes.sizeof(ctypes.c_int)
+    pid = libc.clone(usleep, top, flags, random.randrange(life), None, None, clear)
+    if pid < 0:
+        taken[slot] = 0
+    return pid
 
 def come_and_go(watch):
     # Children that come and go; each is reaped before its stack is given to another.
@@ -93,8 +101,8 @@ def come_and_go_unreaped():
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     slot = 0
     while True:
-        slot = (slot + 1) % 256
-        if start(slot, LIFE // 5) < 0:
+        slot = (slot + 1) % SLOTS
+        if not taken[slot] and start(slot, LIFE // 5) < 0:
             time.sleep(0.001)
 
 def child(function, *args):
