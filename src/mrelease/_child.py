@@ -12,6 +12,8 @@ from mmap import mmap
 from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
 from warnings import catch_warnings, simplefilter
 
+from ._locks import locked
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -50,17 +52,21 @@ def run(work: Callable[[], bytes], room: int = 4096) -> tuple[bytes, int]:
 
 def fork(work: Callable[[], None]) -> int:
     """Do work in a child, which then exits; return its pid. Have signals blocked."""
-    with _lock, catch_warnings():
-        # Of a threaded process's child, which may wait for a lock that another thread
-        # held. This one takes none.
-        simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    child = locked(_lock, _fork)
     if child == 0:
         try:
             work()
         finally:
             os._exit(0)
     return child
+
+
+def _fork() -> int:
+    with catch_warnings():
+        # Of a threaded process's child, which may wait for a lock that another thread
+        # held. This one takes none.
+        simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 @contextmanager

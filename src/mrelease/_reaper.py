@@ -17,6 +17,7 @@ from threading import Condition, RLock, Thread, current_thread, get_native_id
 from time import monotonic, sleep
 
 from ._kill import SIGKILL, KillResult, Options, Sequence
+from ._locks import locked
 from ._mrelease import kill_and_release_next
 from ._pidfd import INFINITY, Pidfd, milliseconds
 from ._sched import check_nice
@@ -162,8 +163,9 @@ class Pool:
         if nice is not None:
             check_nice(nice)
         self.pid = os.getpid()
-        # For all below. In C: a handler that raises as a Condition is entered or left,
-        # which is done in Python, might leave it locked.
+        # For all below. Not the Condition: a handler that raises as that is entered or
+        # left, which is done in Python, might leave it locked. By locked() in threads
+        # that handlers may run in, so not in the pool's own.
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._queue: deque[_Task] = deque()
@@ -196,24 +198,26 @@ class Pool:
                     f"this Reaper's threads are in process {self.pid}, which made it: "
                     "after a fork the child has to make its own"
                 )
-            with self._lock:
-                if self._closing:
-                    raise RuntimeError("the Reaper is closed")
-                self._tasks.add(task)
-                try:
-                    self._begin_if_due(task, monotonic())
-                    self._wake()
-                except OSError:
-                    self._retire(task)
-                    raise
-                except BaseException:
-                    self._wake()  # a handler's: the watcher goes on with the kill
-                    raise
+            locked(self._lock, partial(self._take, task))
         except BaseException:
             if task not in self._tasks:
                 sequence.pidfd.close()
             raise
         return task.future
+
+    def _take(self, task: _Task) -> None:
+        if self._closing:
+            raise RuntimeError("the Reaper is closed")
+        try:
+            self._tasks.add(task)
+            self._begin_if_due(task, monotonic())
+            self._wake()
+        except OSError:
+            self._retire(task)
+            raise
+        except BaseException:
+            self._wake()  # a handler's: the watcher goes on with the kill
+            raise
 
     def close(self, wait: bool) -> None:
         if self.pid != os.getpid():
@@ -222,19 +226,22 @@ class Pool:
                 task.sequence.pidfd.close()
             self._close_channels()
             return
-        with self._lock:
-            threads = set(self._threads)
-            self._closing = True
-            self._wake()
-            # A callback of one of the threads cannot wait for them.
-            while current_thread() not in threads and wait and self._is_unfinished():
-                self._changed.wait(_PATIENCE)
-            ended = threads - self._threads
-            if not self._threads:
-                self._close_channels()
+        ended = locked(self._lock, partial(self._end, wait))
         if wait:
             for thread in ended:
                 thread.join()
+
+    def _end(self, wait: bool) -> set[Thread]:
+        """Have the threads end; return those that have."""
+        threads = set(self._threads)
+        self._closing = True
+        self._wake()
+        # A callback of one of the threads cannot wait for them.
+        while current_thread() not in threads and wait and self._is_unfinished():
+            self._changed.wait(_PATIENCE)
+        if not self._threads:
+            self._close_channels()
+        return threads - self._threads
 
     def _start_thread(
         self, run: Callable[[], None], nice: int | None, cpus: set[int] | None
@@ -254,15 +261,17 @@ class Pool:
 
         # A daemon, so that no release that is blocked holds up the interpreter's exit.
         thread = Thread(target=begin, name="mrelease", daemon=True)
-        with self._lock:
-            self._threads.add(thread)
-            try:
-                thread.start()
-            except BaseException:
-                self._threads.discard(thread)
-                raise
+        locked(self._lock, partial(self._start, thread))
         if error := ready.get():
             raise error
+
+    def _start(self, thread: Thread) -> None:
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except BaseException:
+            self._threads.discard(thread)
+            raise
 
     def _leave(self) -> None:
         with self._lock:
@@ -474,9 +483,11 @@ class Pool:
 
     def _look_if_cancelled(self, task: _Task, future: Future[KillResult]) -> None:
         if future.cancelled() and self.pid == os.getpid():
-            with self._lock:
-                task.cancelled = True
-                self._wake()
+            locked(self._lock, partial(self._cancel, task))
+
+    def _cancel(self, task: _Task) -> None:
+        task.cancelled = True
+        self._wake()
 
     def _wake(self) -> None:
         if self._wakeup >= 0:
@@ -495,32 +506,30 @@ class Pool:
         """At the interpreter's exit."""
         if self.pid != os.getpid():
             return
-        self._send_unsent()
+        locked(self._lock, self._send_unsent)
         # Of a thread that is in Python as the interpreter ends, memory may be used that
         # has been freed: with musl's malloc() it crashes. One that is blocked does not
         # hold up the exit for long.
         until = monotonic() + _PATIENCE
-        while not self._is_at_rest() and monotonic() < until:
+        while not locked(self._lock, self._is_at_rest) and monotonic() < until:
             sleep(0.001)
 
     def _is_at_rest(self) -> bool:
         """Whether every thread waits, outside of Python, and is to go on waiting."""
-        with self._lock:
-            told = self._handed or self._looks
-            return self._watching and not told and self._idle == len(self._threads) - 1
+        told = self._handed or self._looks
+        return self._watching and not told and self._idle == len(self._threads) - 1
 
     def _send_unsent(self) -> None:
         """No kill is lost with the threads."""
         now = monotonic()
-        with self._lock:
-            self._exiting = True
-            for task in self._tasks:
-                sequence = task.sequence
-                if task.running or (sequence.to_kill and sequence.due <= now):
-                    try:
-                        self._make_sure(sequence)
-                    except OSError:  # nobody is there to tell
-                        continue
+        self._exiting = True
+        for task in self._tasks:
+            sequence = task.sequence
+            if task.running or (sequence.to_kill and sequence.due <= now):
+                try:
+                    self._make_sure(sequence)
+                except OSError:  # nobody is there to tell
+                    continue
 
 
 def _uninterrupted(steps: Iterable[Callable[[], object]]) -> None:

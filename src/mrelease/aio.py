@@ -11,6 +11,7 @@ from asyncio import wrap_future
 from threading import Lock
 
 from ._kill import SIGTERM, KillResult, Options, Sequence, check_asking
+from ._locks import locked
 from ._pidfd import Pidfd
 from ._reaper import Pool
 
@@ -74,7 +75,7 @@ async def wait(target: Target, timeout: float | None = None) -> bool:
 async def _run(
     target: Target, options: Options, begin: Callable[[Sequence], None]
 ) -> KillResult:
-    pool = _pool()  # first, as it may not be to be had
+    pool = locked(_lock, _pool)  # first, as it may not be to be had
     pidfd = Pidfd.open(target)
     sequence = Sequence(pidfd, options)
     try:
@@ -86,10 +87,9 @@ async def _run(
 
 
 def _pool() -> Pool:
-    with _lock:
-        if not _pools:
-            _pools.append(Pool(_WORKERS))
-        return _pools[0]
+    if not _pools:
+        _pools.append(Pool(_WORKERS))
+    return _pools[0]
 
 
 def _forget() -> None:

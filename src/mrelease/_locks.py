@@ -1,0 +1,28 @@
+"""A lock held such that no signal handler's exception leaves it locked."""
+
+from __future__ import annotations
+
+from operator import call
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from threading import Lock, RLock
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
+
+
+def locked(lock: Lock | RLock, act: Callable[[], _T]) -> _T:
+    """Do something with a lock held, in a thread that signal handlers may run in.
+
+    A with statement does not see to that: since Python 3.14 a handler may run when it
+    has taken the lock, and is not yet to give it up.
+    """
+    held: list[bool] = []
+    try:
+        held.extend(map(call, (lock.acquire,)))  # in C: taken and noted, or neither
+        return act()
+    finally:
+        if held:
+            lock.release()
