@@ -277,6 +277,9 @@ class Pool:
         with self._lock:
             self._threads.discard(current_thread())
             if self._closing and not self._threads:
+                # Left by a worker that could not read its pipe.
+                for task in [*self._tasks]:
+                    self._retire(task)
                 self._close_channels()
                 atexit.unregister(self._leave_nothing_undone)
             self._changed.notify_all()
