@@ -592,7 +592,7 @@ def test_whoever_cannot_exit_is_released(kind: Kind) -> None:
             False,
         )
         assert stays.anon() == 0
-        assert goes.exited()
+        goes.wait_exit()
 
 
 @pytest.mark.usefixtures("idle")
