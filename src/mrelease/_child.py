@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from _thread import allocate_lock
-from contextlib import contextmanager
 from mmap import mmap
 from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
 from warnings import catch_warnings, simplefilter
@@ -16,7 +15,10 @@ from ._locks import locked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 _HEADER = 8  # bytes that hold the length of the answer
 # For the filters of warnings: of two threads that change them, the later one would put
@@ -44,8 +46,7 @@ def run(work: Callable[[], bytes], room: int = 4096) -> tuple[bytes, int]:
             area[_HEADER : _HEADER + len(found)] = found
             area[:_HEADER] = len(found).to_bytes(_HEADER, "little")
 
-        with signals_blocked():
-            killed = _reap(fork(answer))
+        killed = without_signals(lambda: _reap(fork(answer)))
         length = int.from_bytes(area[:_HEADER], "little")
         return area[_HEADER : _HEADER + length], killed
 
@@ -69,16 +70,17 @@ def _fork() -> int:
         return os.fork()
 
 
-@contextmanager
-def signals_blocked() -> Generator[None]:
-    """Block all signals, for a child and until its pid is known.
+def without_signals(act: Callable[[], _T]) -> _T:
+    """Do something with all signals blocked, for a child and until its pid is known.
 
-    A handler that raises in the child would go on with the caller's program there.
+    A handler that raises in the child would go on with the caller's program there. No
+    context manager: since Python 3.14 a handler of another thread's signal may run, and
+    raise, when such a one has been entered and is not yet to be left.
     """
     before = pthread_sigmask(SIG_BLOCK, [])
     try:
         pthread_sigmask(SIG_BLOCK, valid_signals())
-        yield
+        return act()
     finally:
         pthread_sigmask(SIG_SETMASK, before)
 

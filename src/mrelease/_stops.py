@@ -8,7 +8,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 from struct import Struct
 
 from . import _proc
-from ._child import close_all, fork, run, signals_blocked
+from ._child import close_all, fork, run, without_signals
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -67,16 +67,18 @@ class Stops:
         caller = os.getpid()
         try:
             shared = self._list = mmap(-1, _COUNT.size + _ROOM * _ENTRY.size)
-            with signals_blocked():
-                pid = fork(lambda: _guard(caller, shared))
-                try:
-                    self._guard = Pidfd.open(pid)
-                except BaseException:
-                    os.kill(pid, SIGKILL)  # nobody but this has reaped it so far
-                    os.waitpid(pid, 0)
-                    raise
+            without_signals(lambda: self._fork_guard(caller, shared))
         except (OSError, RuntimeError):  # the class says why
             return
+
+    def _fork_guard(self, caller: int, shared: mmap) -> None:
+        pid = fork(lambda: _guard(caller, shared))
+        try:
+            self._guard = Pidfd.open(pid)
+        except BaseException:
+            os.kill(pid, SIGKILL)  # nobody but this has reaped it so far
+            os.waitpid(pid, 0)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -86,8 +88,7 @@ class Stops:
         for _try in range(_TRIES):
             try:
                 # Other threads have their signals, whose handlers run in the main one.
-                with signals_blocked():
-                    self._end()
+                without_signals(self._end)
                 break
             except BaseException as error:  # raised again below
                 raised = error
