@@ -74,8 +74,7 @@ def without_signals(act: Callable[[], _T]) -> _T:
     """Do something with all signals blocked, for a child and until its pid is known.
 
     A handler that raises in the child would go on with the caller's program there. No
-    context manager: since Python 3.14 a handler of another thread's signal may run, and
-    raise, when such a one has been entered and is not yet to be left.
+    context manager, for the reason that locked() has: another thread may get a signal.
     """
     before = pthread_sigmask(SIG_BLOCK, [])
     try:

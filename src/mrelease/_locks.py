@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def locked(lock: Lock | RLock, act: Callable[[], _T]) -> _T:
     """Do something with a lock held, in a thread that signal handlers may run in.
 
-    A with statement does not see to that: since Python 3.14 a handler may run when it
-    has taken the lock, and is not yet to give it up.
+    A with statement does not see to that in Python 3.14: there a handler may run when
+    it has taken the lock, and is not yet to give it up (CPython's issue 148874).
     """
     held: list[bool] = []
     try:

@@ -510,9 +510,9 @@ class Pool:
         if self.pid != os.getpid():
             return
         locked(self._lock, self._send_unsent)
-        # Of a thread that is in Python as the interpreter ends, memory may be used that
-        # has been freed: with musl's malloc() it crashes. One that is blocked does not
-        # hold up the exit for long.
+        # Before Python 3.14 a thread that is in Python as the interpreter ends may use
+        # memory that has been freed (CPython's issue 124878): with musl's malloc() it
+        # crashes. One that is blocked does not hold up the exit for long.
         until = monotonic() + _PATIENCE
         while not locked(self._lock, self._is_at_rest) and monotonic() < until:
             sleep(0.001)
