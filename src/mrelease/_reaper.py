@@ -261,11 +261,11 @@ class Pool:
 
         # A daemon, so that no release that is blocked holds up the interpreter's exit.
         thread = Thread(target=begin, name="mrelease", daemon=True)
-        locked(self._lock, partial(self._start, thread))
+        locked(self._lock, partial(self._add, thread))
         if error := ready.get():
             raise error
 
-    def _start(self, thread: Thread) -> None:
+    def _add(self, thread: Thread) -> None:
         self._threads.add(thread)
         try:
             thread.start()
