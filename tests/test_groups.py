@@ -208,6 +208,7 @@ def test_with_wait_those_that_stay_are_waited_for_until_the_timeout() -> None:
         for victim in (one, two):
             victim.wait_exit()
         assert (results[1].outcome, results[1].exited) == ("released", False)
+        assert all(result.released for result in results)
         assert results[1].elapsed >= 0.2
 
 
@@ -272,6 +273,7 @@ def test_one_stuck_in_the_kernel_does_not_keep_the_others_from_being_killed() ->
         for victim in rest:
             victim.wait_exit()
         assert (results[1].outcome, results[1].exited) == ("released", False)
+        assert all(result.released for result in results)
 
 
 @needs_release
@@ -303,6 +305,7 @@ def test_a_frozen_one_among_others_is_released() -> None:
         for victim in (one, two):
             victim.wait_exit()
         assert (results[1].outcome, results[1].exited) == ("released", False)
+        assert all(result.released for result in results)
         assert results[1].attempts == 1
         assert frozen.anon() == 0
 

@@ -26,18 +26,18 @@ BOMB = 600  # processes at most
 
 def exited(results: list[KillResult]) -> list[int]:
     """The pids of results, sorted; each must have exited, and be there once."""
+    assert all(result.exited for result in results)
+    return released(results)
+
+
+def released(results: list[KillResult]) -> list[int]:
+    """The pids of results, sorted; each must be released, and be there once."""
     for result in results:
         assert result.outcome in ("released", "exited")
         assert result.released
-        assert result.exited
-    return pids_of(results)
-
-
-def pids_of(results: list[KillResult]) -> list[int]:
-    """The pids of results, sorted; each must be there once."""
-    found = [result.pid for result in results]
-    assert len({*found}) == len(found)
-    return sorted(found)
+    pids = [result.pid for result in results]
+    assert len({*pids}) == len(pids)
+    return sorted(pids)
 
 
 # Four levels, two children a process, so fifteen processes: named by their way down.
@@ -354,8 +354,8 @@ def test_a_fork_bomb_is_killed_to_the_last() -> None:
         current = path / "pids.current"
         victims._until(lambda: int(current.read_text()) >= 500, "the bomb to grow")
         results = kill_tree(tree.root, wait=True, timeout=None)
-        # Some results may come early, with what was known then.
-        assert len(pids_of(results)) >= 500
+        # Some results may come before the exit.
+        assert len(released(results)) >= 500
         assert results[-1].pid == tree.root
         victims._until(lambda: tree.running() == {}, "the bomb to exit")
         assert cgroups.pids(path) == []
@@ -366,8 +366,8 @@ def test_a_tree_of_more_processes_than_descriptors_is_killed() -> None:
         expected = sorted(tree.running())
         kill_it = lambda: kill_tree(tree.root, wait=True, timeout=None)  # noqa: E731
         results = apart(kill_it, descriptors=64)
-        # Some results may come early, with what was known then.
-        assert pids_of(results) == expected
+        # Some results may come before the exit.
+        assert released(results) == expected
         assert {result.signal for result in results} == {signal.SIGKILL}
         assert len(results) == 300
         assert results[-1].pid == tree.root
