@@ -19,7 +19,7 @@
 #include <poll.h>         // poll()
 #include <sched.h>        // sched_getcpu(), sched_setaffinity(), CPU_*
 #include <signal.h>       // SIGKILL
-#include <stdlib.h>       // realloc(), free(), strtol()
+#include <stdlib.h>       // realloc(), free()
 #include <sys/mman.h>     // MCL_*
 #include <sys/syscall.h>  // __NR_*
 #include <unistd.h>       // syscall(), close(), read(), readlink()
@@ -323,7 +323,7 @@ list_threads(int pid, size_t *count)
     *count = 0;
     (void)PyOS_snprintf(path, sizeof path, "/proc/%d/task", pid);
     if (readlink("/proc/self", self, sizeof self - 1) < 0
-        || strtol(self, NULL, 10) != getpid()) {
+        || PyOS_strtol(self, NULL, 10) != getpid()) {
         return NULL;
     }
     DIR *folder = opendir(path);
@@ -331,7 +331,8 @@ list_threads(int pid, size_t *count)
         return NULL;
     }
     for (const struct dirent *entry; (entry = readdir(folder)) != NULL;) {
-        int tid = (int)strtol(entry->d_name, NULL, 10);
+        // Not strtol(), with newer headers a symbol of glibc 2.38; both need no GIL.
+        int tid = (int)PyOS_strtol(entry->d_name, NULL, 10);
         if (tid <= 0) {
             continue;  // . and ..
         }
