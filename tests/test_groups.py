@@ -321,8 +321,8 @@ def test_more_targets_than_descriptors_are_killed() -> None:
         found = apart(lambda: kill_all(pids, wait=True, timeout=None), descriptors=64)
         results = results_of(found)
         assert [result.pid for result in results] == pids
-        assert all(result.released for result in results)
-        # Some results may come before the exit.
+        assert {result.signal for result in results} == {signal.SIGKILL}
+        # Some results may come early, before the memory is back.
         left = {family.root: "S"}
         victims._until(lambda: family.running() == left, "the killed to exit")
 
