@@ -12,7 +12,12 @@ from ._probe import ask, probe
 from ._sched import cpus
 
 # Bits of CapEff in /proc/PID/status, capabilities(7).
-_CAPABILITIES = {"CAP_KILL": 5, "CAP_SYS_NICE": 23, "CAP_IPC_LOCK": 14}
+_CAPABILITIES = {
+    "CAP_KILL": 5,
+    "CAP_SYS_NICE": 23,
+    "CAP_IPC_LOCK": 14,
+    "CAP_SYS_RESOURCE": 24,
+}
 
 # Of Seccomp in /proc/PID/status, proc_pid_status(5).
 _SECCOMP = {b"0": "off", b"1": "strict", b"2": "filter"}
@@ -52,10 +57,13 @@ _NO_CAPABILITY = {
     "CAP_SYS_NICE": "A starved victim is released, but not hurried through its exit.",
     "CAP_IPC_LOCK": "Memory can be locked up to RLIMIT_MEMLOCK only (systemd: "
     "LimitMEMLOCK=infinity).",
+    "CAP_SYS_RESOURCE": "harden() cannot keep the kernel's OOM killer off (systemd: "
+    "OOMScoreAdjust=-1000).",
 }
 _GRANT = (
     "To grant it: run as root; systemd: AmbientCapabilities=CAP_{0}; Docker, Podman: "
-    "--cap-add {0}; Kubernetes: securityContext.capabilities.add."
+    "--cap-add {0}; Kubernetes: securityContext.capabilities.add (in a container for "
+    "root; another user's Python needs it as a file capability)."
 )
 _ONE_CPU = (
     "With one CPU a victim that wakes up may begin its own exit before the release: "
@@ -111,9 +119,20 @@ def _advice(report: dict[str, object]) -> dict[str, str]:
             advice[capability] = f"{hint} {grant}"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
         advice.pop("CAP_IPC_LOCK", None)
+    if _is_spared():
+        advice.pop("CAP_SYS_RESOURCE", None)
     if report["cpus"] == 1:
         advice["cpus"] = _ONE_CPU
     return advice
+
+
+def _is_spared() -> bool:
+    """Whether somebody else keeps the kernel's OOM killer off this process."""
+    try:
+        with open("/proc/self/oom_score_adj", "rb") as file:
+            return file.read() == b"-1000\n"
+    except OSError:  # no /proc
+        return False
 
 
 def text(report: dict[str, object], advice: dict[str, str]) -> str:
