@@ -16,8 +16,8 @@ CONTRIBUTING.md tells how they are run. A commit with a plus sign had changes be
 
 """
 COLUMNS = [
-    *("cell", "commit", "kernel", "machine", "Python", "user"),
-    *("passed", "failed", "skipped", "result"),
+    *("cell", "result", "Python", "kernel", "user"),
+    *("passed", "failed", "skipped", "commit"),
 ]
 
 
@@ -50,9 +50,11 @@ def write(cells: Iterable[str], results: Path, to: Path) -> None:
         try:
             result = json.loads((results / f"{cell}.json").read_text())
         except FileNotFoundError:
-            text += _row([cell, *[""] * 8, "not run"])
+            text += _row([cell, "not run", *[""] * 7])
             continue
         text += _rows(cell, result)
+        if result["state"] == "SKIPPED":
+            skips.setdefault(result["why"], []).append(f"{cell}, the whole cell")
         for run in result["runs"]:
             for reason, count in run.get("reasons", {}).items():
                 where = f"{cell} ({run['label']}) {count}"
@@ -66,16 +68,22 @@ def write(cells: Iterable[str], results: Path, to: Path) -> None:
 
 
 def _rows(cell: str, result: dict[str, Any]) -> str:
+    outcome = result["state"]
+    if outcome != "SKIPPED":  # of which the other table tells why
+        outcome = ": ".join(filter(None, (outcome, result["why"])))
     on = result["on"]
-    seen = [on.get(name, "") for name in ("kernel", "machine", "python")]
-    outcome = ": ".join(filter(None, (result["state"], result["why"])))
     runs = result["runs"] or [{}]  # a cell that ran nothing has a line as well
     counts = "label", "passed", "failed", "skipped"
     return "".join(
         _row(
-            [cell, result["commit"], *seen]
+            [cell, outcome, on.get("python", ""), on.get("kernel", "")]
             + [run.get(name, "") for name in counts]
-            + [outcome]
+            + [_short(result["commit"])]
         )
         for run in runs
     )
+
+
+def _short(commit: str) -> str:
+    """As git shows it, with the plus sign of one that had changes besides."""
+    return commit[:7] + "+" * commit.endswith("+")
