@@ -203,13 +203,13 @@ def _draw(table: Table, file: Path) -> None:
             error_kw={"linewidth": 1, "capsize": 2},
         )
     medians = [row.median for rows in table.rows.values() for row in rows]
-    if min(medians) > 0 and max(medians) > 20 * min(medians):
+    if table.unit != "%" and min(medians) > 0 and max(medians) > 20 * min(medians):
         axes.set_xscale("log")
     axes.set_yticks([index + 0.4 - height / 2 for index in range(len(names))], names)
     axes.invert_yaxis()
     axes.set_xlabel(table.unit)
     axes.set_title(table.title)
     if len(table.columns) > 1:
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # over no bar
     figure.tight_layout()
     figure.savefig(file, format="svg", metadata={"Date": None})
