@@ -123,6 +123,21 @@ def test_whoever_has_been_reaped_is_refused_though_the_pid_lives() -> None:
             Pidfd.open(Process(victim.pid, **says)).close()
 
 
+def test_a_childs_object_is_refused_if_it_is_of_no_child() -> None:
+    command = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        with Pidfd.open(pid) as pidfd:
+            try:
+                with pytest.raises(ProcessLookupError, match="not this process's child"):
+                    Pidfd.open(Process(pid, returncode=None))
+                Pidfd.open(Process(pid, exitcode=None)).close()
+                assert not pidfd.exited
+            finally:
+                pidfd.send_signal(signal.SIGKILL)
+
+
 def test_a_popen_that_was_waited_for_is_refused() -> None:
     process = subprocess.Popen(["true"])
     process.wait()

@@ -278,6 +278,56 @@ def test_the_children_of_one_that_got_the_roots_pid_are_not_touched() -> None:
     assert (result.stdout, result.stderr) == ("['exited']\nstatus 0\n", "")
 
 
+# Who takes the pid must not be a child of the killer: a child would be taken for the worker.
+UNAWARE = """
+import os, subprocess, sys
+from pathlib import Path
+from mrelease import kill
+
+TAKE = '''
+import os, sys
+while True:
+    child = os.fork()
+    if child == 0 and os.getpid() != int(sys.argv[1]):
+        os._exit(0)
+    if child == 0:
+        os._exit(0 if sys.stdin.read(1) == "" else 1)
+    if child == int(sys.argv[1]):
+        break
+    os.waitpid(child, 0)
+print("taken", flush=True)
+print("status", os.waitpid(child, os.WUNTRACED)[1])
+'''
+
+Path("/proc/sys/kernel/pid_max").write_text("400")
+while True:
+    worker = subprocess.Popen(["sleep", "100"])
+    if worker.pid > 300:  # those up to that are given once only
+        break
+    worker.kill()
+    worker.wait()
+os.kill(worker.pid, 9)
+os.waitpid(worker.pid, 0)
+pipe = subprocess.PIPE
+command = [sys.executable, "-c", TAKE, str(worker.pid)]
+with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as innocent:
+    print(innocent.stdout.readline(), end="")
+    try:
+        print(kill(worker))
+    except ProcessLookupError:
+        print(worker.returncode, "refused")
+    print(innocent.communicate()[0], end="")
+worker.returncode = -9
+"""
+
+
+@pytest.mark.needs("root", "pidns", "unshare")
+def test_who_got_the_pid_of_a_child_whose_object_does_not_know_is_not_touched() -> None:
+    under = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
+    result = run_python(UNAWARE, under=under)
+    assert (result.stdout, result.stderr) == ("taken\nNone refused\nstatus 0\n", "")
+
+
 @pytest.mark.timeout(300)  # for emulated machines; 5 seconds on others
 @pytest.mark.needs("root", "pidns", "cgroup2", "unshare")
 @pytest.mark.parametrize(

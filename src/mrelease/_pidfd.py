@@ -30,6 +30,7 @@ _PIDFD_INFO_CGROUPID = 4
 _LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
 
 _SHARED = -1  # no descriptor's number
+_P_PIDFD = 3  # of waitid(2), Linux 5.4; os has it only if the C library's headers do
 
 INFINITY = float("inf")
 
@@ -80,7 +81,9 @@ class Pidfd:
         be running. So what verify finds in /proc is true of this very process.
 
         Raises ProcessLookupError if there is no such process, if the object says that
-        it has been reaped, or if verify says no; ValueError for a pid that is not
+        it has been reaped, if the object has a returncode, as those of subprocess and
+        asyncio, and the process is not, or no more, the caller's child, or if verify
+        says no; ValueError for a pid that is not
         positive, or is the id of a thread; TypeError for what is no target; and OSError
         with EMFILE when no descriptor is left. A Pidfd gives a second one, which needs
         none: they share theirs, until both are closed.
@@ -99,6 +102,8 @@ class Pidfd:
                 self._fd = opened[0]
             # Asked now, because the pid could have been reused until it was open.
             _check_not_reaped(self._pid, target)
+            if hasattr(target, "returncode"):
+                _check_is_child(self._pid, self._fd)
             if verify is not None:
                 self._verify(verify)
         except BaseException:
@@ -344,3 +349,19 @@ def _check_not_reaped(pid: int, target: object) -> None:
         or (is_running is not None and not is_running())
     ):
         raise ProcessLookupError(ESRCH, f"Process {pid} has been reaped")
+
+
+def _check_is_child(pid: int, fd: int) -> None:
+    """Raise ProcessLookupError if this process has no such child, or no more.
+
+    The object of a child may be told of its end long after that was reaped, and the
+    pid free: asyncio's when its loop runs next.
+    """
+    try:
+        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        raise ProcessLookupError(
+            ESRCH, f"Process {pid} has been reaped, or is not this process's child"
+        ) from None
+    except OSError:
+        pass  # EINVAL of Linux 5.3: then what the object says has to do
