@@ -6,9 +6,18 @@ The answer comes back through shared memory, so that no descriptor is needed.
 from __future__ import annotations
 
 import os
-from _thread import allocate_lock
+from _thread import RLock
+from functools import partial
 from mmap import mmap
-from signal import SIG_BLOCK, SIG_SETMASK, SIGSYS, pthread_sigmask, valid_signals
+from operator import call
+from signal import (
+    SIG_BLOCK,
+    SIG_SETMASK,
+    SIGKILL,
+    SIGSYS,
+    pthread_sigmask,
+    valid_signals,
+)
 from warnings import catch_warnings, simplefilter
 
 from ._locks import locked
@@ -22,13 +31,13 @@ if TYPE_CHECKING:
 
 _HEADER = 8  # bytes that hold the length of the answer
 # For the filters of warnings: of two threads that change them, the later one would put
-# back what the earlier one had changed.
-_lock = allocate_lock()
+# back what the earlier one had changed. A signal's handler may fork in between.
+_lock = RLock()
 
 
 def _renew_lock() -> None:
     global _lock
-    _lock = allocate_lock()  # the thread that held the other one is not in this process
+    _lock = RLock()  # the thread that held the other one is not in this process
 
 
 os.register_at_fork(after_in_child=_renew_lock)
@@ -46,28 +55,43 @@ def run(work: Callable[[], bytes], room: int = 4096) -> tuple[bytes, int]:
             area[_HEADER : _HEADER + len(found)] = found
             area[:_HEADER] = len(found).to_bytes(_HEADER, "little")
 
-        killed = without_signals(lambda: _reap(fork(answer)))
+        killed = without_signals(lambda: _run(answer))
         length = int.from_bytes(area[:_HEADER], "little")
         return area[_HEADER : _HEADER + length], killed
 
 
-def fork(work: Callable[[], None]) -> int:
-    """Do work in a child, which then exits; return its pid. Have signals blocked."""
-    child = locked(_lock, _fork)
-    if child == 0:
-        try:
+def fork(work: Callable[[], None], forked: list[int]) -> None:
+    """Do work in a child, which then exits. Have signals blocked.
+
+    Its pid is put into a list: a handler may raise at any moment nevertheless, as
+    another thread may get the signal, and the caller has to end() the child then.
+    """
+    try:
+        locked(_lock, partial(_fork, forked))
+        if forked == [0]:
             work()
-        finally:
+    finally:
+        if forked == [0]:
             os._exit(0)
-    return child
 
 
-def _fork() -> int:
+def _fork(forked: list[int]) -> None:
     with catch_warnings():
         # Of a threaded process's child, which may wait for a lock that another thread
         # held. This one takes none.
         simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        forked.extend(map(call, (os.fork,)))  # in C: forked and noted, or neither
+
+
+def end(forked: list[int]) -> None:
+    """Kill and reap what was forked, if nobody has reaped it."""
+    for child in forked:
+        try:
+            if os.waitpid(child, os.WNOHANG)[0] == 0:
+                os.kill(child, SIGKILL)
+                os.waitpid(child, 0)
+        except (ChildProcessError, ProcessLookupError):
+            continue
 
 
 def without_signals(act: Callable[[], _T]) -> _T:
@@ -94,8 +118,18 @@ def close_all() -> None:
             continue
 
 
+def _run(work: Callable[[], None]) -> int:
+    """Do work in a child and wait for its end; return the signal that killed it."""
+    forked: list[int] = []
+    try:
+        fork(work, forked)
+        return _reap(forked[0])
+    except BaseException:
+        end(forked)
+        raise
+
+
 def _reap(child: int) -> int:
-    """Wait for a child's end; return the signal that killed it."""
     try:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     except ChildProcessError:

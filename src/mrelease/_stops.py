@@ -8,7 +8,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 from struct import Struct
 
 from . import _proc
-from ._child import close_all, fork, run, without_signals
+from ._child import close_all, end, fork, run, without_signals
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -72,12 +72,12 @@ class Stops:
             return
 
     def _fork_guard(self, caller: int, shared: mmap) -> None:
-        pid = fork(lambda: _guard(caller, shared))
+        forked: list[int] = []
         try:
-            self._guard = Pidfd.open(pid)
+            fork(lambda: _guard(caller, shared), forked)
+            self._guard = Pidfd.open(forked[0])
         except BaseException:
-            os.kill(pid, SIGKILL)  # nobody but this has reaped it so far
-            os.waitpid(pid, 0)
+            end(forked)
             raise
 
     def __enter__(self) -> Self:
