@@ -130,7 +130,7 @@ def test_a_childs_object_is_refused_if_it_is_of_no_child() -> None:
         pid = int(shell.stdout.readline())
         with Pidfd.open(pid) as pidfd:
             try:
-                with pytest.raises(ProcessLookupError, match="not this process's child"):
+                with pytest.raises(ProcessLookupError, match="this process's child"):
                     Pidfd.open(Process(pid, returncode=None))
                 Pidfd.open(Process(pid, exitcode=None)).close()
                 assert not pidfd.exited

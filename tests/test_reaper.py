@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ import pytest
 import victims
 from calls import QUICK_STRACE, errno_of, run_python
 from mrelease import KillResult, Pidfd, Reaper
+from mrelease._kill import Sequence
 from victims import _until
 
 LIMIT = victims.TIMEOUT
@@ -414,6 +417,36 @@ def test_with_every_worker_blocked_a_kill_still_comes_at_once() -> None:
         # All this while the workers were blocked.
         assert blocked_threads() == 2
         assert not any(future.done() for future in futures)
+
+
+@needs_blocked
+def test_a_kill_does_not_queue_though_a_handler_takes_the_worker() -> None:
+    with (
+        victims.stuck_writer(1) as stuck,
+        victims.victim() as victim,
+        Reaper(workers=1) as reaper,
+    ):
+        taken: Futures = []
+
+        def interrupt(frame: FrameType, *_: object) -> None:
+            # As a signal's handler may, when the worker has been seen to be free.
+            if frame.f_code is Sequence.begin.__code__ and not taken:
+                taken.append(reaper.kill(stuck.pid, timeout=None))
+
+        _until(lambda: reaper._pool._idle == 1, "the worker to wait")
+        sys.settrace(interrupt)
+        try:
+            future = reaper.kill(victim.pid, timeout=None)
+        finally:
+            sys.settrace(None)
+        try:
+            victim.wait_exit()
+            _until(lambda: blocked_threads() == 1, "the worker to be blocked")
+            assert taken
+            assert not taken[0].done()
+        finally:
+            stuck.unstick()
+        assert future.result(LIMIT).signal == signal.SIGKILL
 
 
 @needs_blocked

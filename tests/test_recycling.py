@@ -278,7 +278,7 @@ def test_the_children_of_one_that_got_the_roots_pid_are_not_touched() -> None:
     assert (result.stdout, result.stderr) == ("['exited']\nstatus 0\n", "")
 
 
-# Who takes the pid must not be a child of the killer: a child would be taken for the worker.
+# Who takes the pid is no child of the killer: that would be taken for the worker.
 UNAWARE = """
 import os, subprocess, sys
 from pathlib import Path

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from operator import call, index, setitem
 from queue import SimpleQueue
@@ -172,7 +173,7 @@ class Pool:
         self._handed: dict[int, _Task] = {}  # through the pipe, by the pidfd
         self._tasks: set[_Task] = set()
         self._idle = 0  # workers that wait at the pipe
-        self._looks = 0  # words to look at the queue that are in the pipe
+        self._looks: list[None] = []  # words to look at the queue in the pipe
         self._watching = False  # the watcher waits
         self._closing = False
         self._exiting = False  # the interpreter, and with it the threads
@@ -298,7 +299,8 @@ class Pool:
             pidfd, sent, errno = kill_and_release_next(self._pipe)
             with self._lock:
                 self._idle -= 1
-                self._looks -= pidfd < 0
+                if pidfd < 0:
+                    self._looks.pop()
                 task = self._handed.pop(pidfd, None)
             if task:
                 self._do(task, partial(task.sequence.end, bool(sent), errno))
@@ -422,14 +424,14 @@ class Pool:
             partial(self._queue.append, task),
         ]
         # No more words than workers: the pipe never fills up.
-        if self._free() > self._looks:
+        if self._free() > len(self._looks):
             steps += self._steps_of_a_look()
         _uninterrupted(steps)
 
     def _steps_of_a_look(self) -> list[Callable[[], object]]:
         return [
             partial(os.write, self._inlet, _LOOK),
-            partial(setattr, self, "_looks", self._looks + 1),
+            partial(self._looks.append, None),
         ]
 
     def _hand_over(self, task: _Task) -> bool:
@@ -440,7 +442,7 @@ class Pool:
         # Two kills of one Pidfd would have the same number.
         if sequence.options.settle or self._exiting or pidfd in self._handed:
             return False
-        if self._free() <= max(self._looks, len(self._queue)):
+        if self._free() <= max(len(self._looks), len(self._queue)):
             return False
         sequence.begin()
         # What is in the pipe is known to be, or its pidfd might be closed meanwhile.
@@ -455,6 +457,10 @@ class Pool:
             self._handed.pop(pidfd)
             task.running = False
             raise
+        # A handler may have given the same worker something else to do in between.
+        if self._free() < len(self._looks):
+            with suppress(OSError):  # which the worker will tell of
+                self._make_sure(sequence)
         return True
 
     def _free(self) -> int:
