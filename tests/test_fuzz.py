@@ -31,7 +31,8 @@ print(json.dumps({module}.{call}))
     # Debug builds tell of each __index__() that returns a bool, which is tried as well.
     ignored = ("-W", "ignore:__index__ returned non-int:DeprecationWarning")
     result = run_python(program, under=apart(), options=ignored)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     counts: dict[str, int] = json.loads(result.stdout)
     return counts
 

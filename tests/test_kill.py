@@ -133,6 +133,21 @@ def test_memory_shared_with_a_living_process_is_released_once_that_has_ended() -
 
 
 @needs_release
+def test_what_an_exit_has_left_to_a_living_process_is_not_called_freed() -> None:
+    with victims.exit_stopped(8, sharer="clone") as victim:
+        results: list[KillResult] = []
+        thread = threading.Thread(
+            target=lambda: results.append(kill(victim.pid, timeout=None, measure=True))
+        )
+        thread.start()
+        victim.wait_exit_stop()
+        victim.resume()
+        thread.join()
+        assert (results[0].outcome, results[0].freed) == ("exited", None)
+        assert victim.sharer_pid
+
+
+@needs_release
 def test_a_dead_leaders_memory_is_measured_and_released() -> None:
     with victims.dead_leader(16) as victim:
         result = kill(victim.pid, measure=True)

@@ -53,11 +53,12 @@ class KillResult:
 
     pid: the process.
     outcome: "released", its memory was freed at once; "exited", it has exited and its
-        memory is back with it; "exiting", the kernel is past helping and the process
-        was not gone by the timeout; "busy", it writes a core dump or shares its memory
-        with a living process; "partial", a device driver kept a part; "unsupported",
-        the kernel has no process_mrelease(2); "blocked", a seccomp filter forbids it;
-        "alive", it is not dying: nobody has killed it, or it is a kernel thread.
+        memory is back with it, but for what a living process shares; "exiting", the
+        kernel is past helping and the process was not gone by the timeout; "busy", it
+        writes a core dump or shares its memory with a living process; "partial", a
+        device driver kept a part; "unsupported", the kernel has no
+        process_mrelease(2); "blocked", a seccomp filter forbids it; "alive", it is not
+        dying: nobody has killed it, or it is a kernel thread.
     released: whether its private memory is known to be back.
     exited: whether it has exited, so that the rest (shared memory, ports) is back too.
     signal: the number of the signal sent last, None if none was.
@@ -66,8 +67,8 @@ class KillResult:
     attempts: how many times the release was called.
     elapsed: seconds from the call to its return.
     freed: bytes of anonymous memory and swap that it no longer holds; None unless asked
-        for by measure=True, and where it cannot be known. Pages shared with a living
-        forked child are counted, though they come back only with that.
+        for by measure=True, and where it cannot be known, as after EINVAL. Pages shared
+        with a living forked child are counted, though they come back only with that.
     """
 
     __slots__ = (
@@ -323,6 +324,7 @@ class Sequence:
     __slots__ = (
         "_asked",
         "_pause",
+        "_was_busy",
         "attempts",
         "deadline",
         "due",
@@ -341,6 +343,7 @@ class Sequence:
         self.signal: int | None = None
         self._asked: int | None = None  # the signal that ask() has sent
         self.errno: int | None = None  # the last release's; None before the first
+        self._was_busy = False  # a release has said EINVAL
         self.attempts = 0
         self.to_kill = True  # SIGKILL is still to be sent
         self.due = options.start
@@ -511,6 +514,7 @@ class Sequence:
 
     def _answered(self, errno: int) -> None:
         self.errno = errno
+        self._was_busy = self._was_busy or errno == EINVAL
         self.due = INFINITY
         if errno in _PASSING:
             self.due = monotonic() + self._pause
@@ -532,6 +536,8 @@ class Sequence:
         return outcome
 
     def _freed(self, exited: bool, released: bool) -> int | None:
+        if exited and self.errno and self._was_busy:
+            return None  # whoever shares the memory may hold all of it
         left = 0 if exited else _proc.anonymous(self.pidfd.pid)
         if left is None and released:
             left = 0
