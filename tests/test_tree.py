@@ -609,24 +609,41 @@ def test_without_descriptors_nobody_is_killed_or_left_stopped() -> None:
         wait_asleep(tree, {*tree.pids.values()})
 
 
-def test_whom_it_stopped_goes_on_if_the_caller_is_killed() -> None:
+@pytest.mark.parametrize("end", ["killed", "replaced"])
+def test_whom_it_stopped_goes_on_if_the_caller_is(end: str) -> None:
     with victims.victim(1) as victim:
         program = f"""
-import time
+import os, sys, threading, time
 from mrelease import Pidfd
 from mrelease._stops import Stops
+
+def replace():
+    sys.stdin.readline()
+    os.execvp("sleep", ["sleep", "1000"])
+
+threading.Thread(target=replace, daemon=True).start()
 with Pidfd.open({victim.pid}) as pidfd, Stops() as stops:
     stops.stop(pidfd)
     print("stopped", flush=True)
-    time.sleep(100)
+    time.sleep(1000)
 """
         with subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         ) as caller:
-            assert caller.stdout
-            assert caller.stdout.readline() == b"stopped\n"
-            victim.wait_state("T")
-            caller.kill()
+            try:
+                assert caller.stdin
+                assert caller.stdout
+                assert caller.stdout.readline() == b"stopped\n"
+                victim.wait_state("T")
+                if end == "replaced":
+                    caller.stdin.write(b"\n")
+                    caller.stdin.flush()
+                    victim.wait_state("S")
+                    assert caller.poll() is None
+            finally:
+                caller.kill()
             # Nobody else has the other end.
             assert caller.stdout.read() == b""
         victim.wait_state("S")

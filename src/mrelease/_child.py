@@ -20,7 +20,7 @@ from signal import (
 )
 from warnings import catch_warnings, simplefilter
 
-from ._locks import locked
+from ._locks import locked, uninterrupted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,14 +84,18 @@ def _fork(forked: list[int]) -> None:
 
 
 def end(forked: list[int]) -> None:
-    """Kill and reap what was forked, if nobody has reaped it."""
-    for child in forked:
+    """Kill and reap what was forked, if nobody has reaped it. Can be done again."""
+    for child in [*forked]:
+        reap: list[Callable[[], object]] = [
+            partial(os.waitpid, child, 0),
+            partial(forked.remove, child),
+        ]
         try:
-            if os.waitpid(child, os.WNOHANG)[0] == 0:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 os.kill(child, SIGKILL)
-                os.waitpid(child, 0)
+            uninterrupted(reap)
         except (ChildProcessError, ProcessLookupError):
-            continue
+            forked.remove(child)  # the application has reaped it
 
 
 def without_signals(act: Callable[[], _T]) -> _T:
@@ -108,12 +112,16 @@ def without_signals(act: Callable[[], _T]) -> _T:
         pthread_sigmask(SIG_SETMASK, before)
 
 
-def close_all() -> None:
-    """In a child: close every descriptor. Somebody may wait for the end of a pipe."""
-    os.closerange(0, 256)  # and so have one for the directory
-    for name in os.listdir("/proc/self/fd"):
+def close_all(first: int = 0) -> None:
+    """In a child: close the descriptors from this one on.
+
+    Somebody may wait for the end of a pipe.
+    """
+    os.closerange(first, 256)  # and so have one for the directory
+    for fd in map(int, os.listdir("/proc/self/fd")):
         try:
-            os.close(int(name))
+            if fd >= first:
+                os.close(fd)
         except OSError:  # that of the directory
             continue
 

@@ -1,12 +1,13 @@
-"""A lock held such that no signal handler's exception leaves it locked."""
+"""Steps that no signal handler's exception comes between, and a lock held so."""
 
 from __future__ import annotations
 
+from collections import deque
 from operator import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from threading import Lock, RLock
     from typing import TypeVar
 
@@ -26,3 +27,8 @@ def locked(lock: Lock | RLock, act: Callable[[], _T]) -> _T:
     finally:
         if held:
             lock.release()
+
+
+def uninterrupted(steps: Iterable[Callable[[], object]]) -> None:
+    """Do all of these C functions in C; a generator of them would be Python."""
+    deque(map(call, steps), maxlen=0)

@@ -9,7 +9,7 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from operator import call, index, setitem
+from operator import index, setitem
 from queue import SimpleQueue
 from select import POLLIN, poll
 from struct import Struct
@@ -18,7 +18,7 @@ from threading import Condition, RLock, Thread, current_thread, get_native_id
 from time import monotonic, sleep
 
 from ._kill import SIGKILL, KillResult, Options, Sequence
-from ._locks import locked
+from ._locks import locked, uninterrupted
 from ._mrelease import kill_and_release_next
 from ._pidfd import INFINITY, Pidfd, milliseconds
 from ._sched import check_nice
@@ -340,7 +340,7 @@ class Pool:
                 fds = [task.sequence.pidfd.fileno() for task in tasks]
                 if self._is_over():
                     for _ in range(self._idle):
-                        _uninterrupted(self._steps_of_a_look())
+                        uninterrupted(self._steps_of_a_look())
                     return
                 until = min((task.due() for task in tasks), default=INFINITY)
                 wakeup = self._wakeup
@@ -426,7 +426,7 @@ class Pool:
         # No more words than workers: the pipe never fills up.
         if self._free() > len(self._looks):
             steps += self._steps_of_a_look()
-        _uninterrupted(steps)
+        uninterrupted(steps)
 
     def _steps_of_a_look(self) -> list[Callable[[], object]]:
         return [
@@ -452,7 +452,7 @@ class Pool:
             partial(os.write, self._inlet, order),
         ]
         try:
-            _uninterrupted(steps)
+            uninterrupted(steps)
         except OSError:
             self._handed.pop(pidfd)
             task.running = False
@@ -539,11 +539,6 @@ class Pool:
                     self._make_sure(sequence)
                 except OSError:  # nobody is there to tell
                     continue
-
-
-def _uninterrupted(steps: Iterable[Callable[[], object]]) -> None:
-    """Do all of these in C, so that no signal handler's exception comes between."""
-    deque(map(call, steps), maxlen=0)
 
 
 def _schedule(nice: int | None, cpus: set[int] | None) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from itertools import repeat
 from mmap import mmap
-from signal import SIGCONT, SIGKILL, SIGSTOP
+from operator import call
+from select import POLLIN, poll
+from signal import SIGCONT, SIGSTOP
 from struct import Struct
 
 from . import _proc
 from ._child import close_all, end, fork, run, without_signals
+from ._locks import uninterrupted
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -24,14 +29,16 @@ _TRIES = 10  # to come to the end, though a signal's handler raises in between
 class Stops:
     """A context manager, at whose end the processes that it stopped go on.
 
-    Should the caller be killed before that, a forked child lets them go on, unless it
-    is killed with it, as of one cgroup or process group. Where no child can be had, for
-    want of processes, memory or descriptors, they would stay stopped.
+    Should the caller be killed before that, or replaced by exec(2), a forked child lets
+    them go on, unless it is killed with it, as of one cgroup or process group. Where no
+    child can be had, for want of processes, memory or descriptors, they would stay
+    stopped.
     """
 
     def __init__(self) -> None:
         self._started: dict[int, int] = {}
-        self._guard: Pidfd | None = None
+        self._guard: list[int] = []  # its pid
+        self._fds: list[int] = []  # of a pipe, whose end tells the guard of an exec(2)
         self._list: mmap | None = None  # what the guard sees: their number, entries
 
     def stop(self, pidfd: Pidfd) -> bool:
@@ -72,12 +79,16 @@ class Stops:
             return
 
     def _fork_guard(self, caller: int, shared: mmap) -> None:
-        forked: list[int] = []
         try:
-            fork(lambda: _guard(caller, shared), forked)
-            self._guard = Pidfd.open(forked[0])
+            made = map(call, (os.pipe,))
+            uninterrupted(map(partial, repeat(self._fds.extend), made))
+            reader = self._fds[0]
+            fork(lambda: _guard(caller, shared, reader), self._guard)
+            uninterrupted(
+                [partial(self._fds.remove, reader), partial(os.close, reader)]
+            )
         except BaseException:
-            end(forked)
+            self._end_guard()
             raise
 
     def __enter__(self) -> Self:
@@ -104,14 +115,9 @@ class Stops:
             self._end_guard()
 
     def _end_guard(self) -> None:
-        if guard := self._guard:
-            try:
-                guard.send_signal(SIGKILL)
-                os.waitpid(guard.pid, 0)
-            except (ChildProcessError, ProcessLookupError):
-                pass  # the application has reaped it
-            self._guard = None
-            guard.close()
+        end(self._guard)
+        closes = [partial(os.close, fd) for fd in self._fds]
+        uninterrupted([self._fds.clear, *closes])
 
     def _let_all_go_on(self) -> bytes:
         """In a child, which can close its copies of the descriptors."""
@@ -142,13 +148,18 @@ def _let_go_on(pid: int, started: int) -> bool:
     return True
 
 
-def _guard(caller: int, shared: mmap) -> None:
+def _guard(caller: int, shared: mmap, reader: int) -> None:
     """In the child: wait for the caller's end, and let go on whom it had stopped."""
-    close_all()
+    os.dup2(reader, 0)
+    close_all(1)
     try:
         with Pidfd.open(caller) as pidfd:
+            poller = poll()
+            poller.register(pidfd.fileno(), POLLIN)
+            # Closed by exec(2), unless the caller has forked another child meanwhile.
+            poller.register(0, POLLIN)
             if os.getppid() == caller:
-                pidfd.wait()
+                poller.poll()
     except ProcessLookupError:
         pass  # its end has come
     (count,) = _COUNT.unpack_from(shared)
