@@ -877,11 +877,14 @@ report(interrupted, outcome, closed)
 
 
 @needs_release
-def test_handlers_that_raise_at_any_moment_of_kill_leave_the_reaper_at_work() -> None:
-    program = """
+@pytest.mark.parametrize("base", ["BaseException", "TimeoutError"])
+def test_handlers_that_raise_at_any_moment_of_kill_leave_the_reaper_at_work(
+    base: str,
+) -> None:
+    program = f"""
 import random, sys, warnings
 
-class Interrupt(BaseException):
+class Interrupt({base}):
     pass
 
 def handler(*args):
@@ -900,7 +903,7 @@ with victims.exit_stopped(1) as victim, Pidfd.open(victim.pid) as pidfd:
         try:
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-4))
             for _ in range(50):
-                reaper.kill(pidfd)
+                reaper.kill(chance.choice([pidfd, victim.pid]))
             time.sleep(0.001)
         except Interrupt:
             raised += 1
@@ -908,11 +911,12 @@ with victims.exit_stopped(1) as victim, Pidfd.open(victim.pid) as pidfd:
         outcome = reaper.kill(pidfd, timeout=None).result(LIMIT).outcome
     except TimeoutError:
         outcome = "no answer"
-    report(outcome, raised)
+    report(outcome, raised, len(reaper._pool._threads))
 """
-    outcome, raised = reported(program)
+    outcome, raised, left = reported(program)
     assert outcome == "released"
     assert raised > 500
+    assert left == 2
 
 
 # ---- Many at once

@@ -131,17 +131,20 @@ def _run(work: Callable[[], None]) -> int:
     forked: list[int] = []
     try:
         fork(work, forked)
-        return _reap(forked[0])
+        return _reap(forked)
     except BaseException:
         end(forked)
         raise
 
 
-def _reap(child: int) -> int:
+def _reap(forked: list[int]) -> int:
+    reaped: list[tuple[int, int]] = []
+    wait = partial(reaped.extend, map(os.waitpid, forked, (0,)))
     try:
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        uninterrupted([wait, forked.clear])
     except ChildProcessError:
+        forked.clear()
         # The application reaps every child itself. A filter is the likeliest reason
         # for an answer that is missing.
         return SIGSYS
-    return -status
+    return -os.waitstatus_to_exitcode(reaped[0][1])

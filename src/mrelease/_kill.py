@@ -67,8 +67,9 @@ class KillResult:
     attempts: how many times the release was called.
     elapsed: seconds from the call to its return.
     freed: bytes of anonymous memory and swap that it no longer holds; None unless asked
-        for by measure=True, and where it cannot be known, as after EINVAL. Pages shared
-        with a living forked child are counted, though they come back only with that.
+        for by measure=True, and where it cannot be known, as after EINVAL. Counted is
+        what a living forked child shares, and what any living process does if no
+        release was answered, though it comes back only with that.
     """
 
     __slots__ = (
@@ -393,7 +394,7 @@ class Sequence:
         try:
             errno = bar_kill_and_release(self.pidfd.fileno(), pid)
         except BaseException as error:
-            self._undo()
+            self.undo()
             if not (isinstance(error, ProcessLookupError) and self.pidfd.exited):
                 raise  # else it has been reaped since it was checked
         else:
@@ -413,11 +414,12 @@ class Sequence:
         if sent:
             self._released(errno)
             return
-        self._undo()
+        self.undo()
         if errno != ESRCH or not self.pidfd.exited:
             raise OSError(errno, os.strerror(errno))
 
-    def _undo(self) -> None:
+    def undo(self) -> None:
+        """Note that what was begun has not been done."""
         self.signal = self._asked
         self.attempts = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from _operator import index  # operator and warnings would import more
 from _warnings import warn
-from errno import EBADF, EINVAL, ENODATA, ENOENT, ENOSYS, ESRCH
+from errno import EBADF, EINVAL, ENODATA, ENOENT, ENOSYS, EPERM, ESRCH
 from select import POLLIN, POLLNVAL, poll
 from sys import byteorder
 from time import monotonic
@@ -30,7 +30,9 @@ _PIDFD_INFO_CGROUPID = 4
 _LONGEST_POLL = 86400.0  # seconds; poll(2) counts milliseconds in an int
 
 _SHARED = -1  # no descriptor's number
-_P_PIDFD = 3  # of waitid(2), Linux 5.4; os has it only if the C library's headers do
+# Of waitid(2), Linux 5.4; os has the first only if the C library's headers do.
+_P_PIDFD = 3
+_WALL = 0x40000000
 
 INFINITY = float("inf")
 
@@ -355,13 +357,16 @@ def _check_is_child(pid: int, fd: int) -> None:
     """Raise ProcessLookupError if this process has no such child, or no more.
 
     The object of a child may be told of its end long after that was reaped, and the
-    pid free: asyncio's when its loop runs next.
+    pid free: asyncio's when its loop runs next. Another child that has got the pid
+    cannot be told from it.
     """
     try:
-        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL)
     except ChildProcessError:
         raise ProcessLookupError(
             ESRCH, f"Process {pid} has been reaped, or is not this process's child"
         ) from None
-    except OSError:
-        pass  # EINVAL of Linux 5.3: then what the object says has to do
+    except OSError as error:
+        # Of Linux 5.3, of filters: then what the object says has to do.
+        if error.errno not in (EINVAL, ENOSYS, EPERM):
+            raise

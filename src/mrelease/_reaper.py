@@ -213,11 +213,13 @@ class Pool:
             self._tasks.add(task)
             self._begin_if_due(task, monotonic())
             self._wake()
-        except OSError:
-            self._retire(task)
-            raise
-        except BaseException:
-            self._wake()  # a handler's: the watcher goes on with the kill
+        except BaseException as error:
+            # A handler's comes at any moment, and may be an OSError as well.
+            if isinstance(error, OSError) and task.sequence.signal is None:
+                if task in self._tasks:
+                    self._retire(task)
+            else:
+                self._wake()  # the watcher goes on with the kill
             raise
 
     def close(self, wait: bool) -> None:
@@ -446,20 +448,23 @@ class Pool:
             return False
         sequence.begin()
         # What is in the pipe is known to be, or its pidfd might be closed meanwhile.
+        written: list[int] = []
         steps: list[Callable[[], object]] = [
             partial(setitem, self._handed, pidfd, task),
             partial(setattr, task, "running", True),
-            partial(os.write, self._inlet, order),
+            partial(written.extend, map(os.write, (self._inlet,), (order,))),
         ]
         try:
             uninterrupted(steps)
-        except OSError:
-            self._handed.pop(pidfd)
-            task.running = False
+        except BaseException:
+            if not written:
+                self._handed.pop(pidfd, None)
+                task.running = False
+                sequence.undo()
             raise
         # A handler may have given the same worker something else to do in between.
         if self._free() < len(self._looks):
-            with suppress(OSError):  # which the worker will tell of
+            with suppress(PermissionError):  # which the worker will tell of
                 self._make_sure(sequence)
         return True
 

@@ -75,8 +75,9 @@ class Stops:
         try:
             shared = self._list = mmap(-1, _COUNT.size + _ROOM * _ENTRY.size)
             without_signals(lambda: self._fork_guard(caller, shared))
-        except (OSError, RuntimeError):  # the class says why
-            return
+        except (OSError, RuntimeError) as error:  # the class says why
+            if isinstance(error, TimeoutError):  # a signal handler's
+                raise
 
     def _fork_guard(self, caller: int, shared: mmap) -> None:
         try:
