@@ -112,16 +112,12 @@ def without_signals(act: Callable[[], _T]) -> _T:
         pthread_sigmask(SIG_SETMASK, before)
 
 
-def close_all(first: int = 0) -> None:
-    """In a child: close the descriptors from this one on.
-
-    Somebody may wait for the end of a pipe.
-    """
-    os.closerange(first, 256)  # and so have one for the directory
-    for fd in map(int, os.listdir("/proc/self/fd")):
+def close_all() -> None:
+    """In a child: close every descriptor. Somebody may wait for the end of a pipe."""
+    os.closerange(0, 256)  # and so have one for the directory
+    for name in os.listdir("/proc/self/fd"):
         try:
-            if fd >= first:
-                os.close(fd)
+            os.close(int(name))
         except OSError:  # that of the directory
             continue
 

@@ -140,6 +140,14 @@ def running_since(pid: int) -> int | None:
     return int(stat[19]) if stat and not int(stat[6]) & _PF_EXITING else None
 
 
+def stack(pid: int) -> int | None:
+    """Where a process's stack begins; 0 if that may not be seen, None if unknown."""
+    try:
+        return int(_stat(f"/proc/{pid}")[25]) if is_ours() else None
+    except OSError:  # gone, or the module says why
+        return None
+
+
 def processes() -> dict[int, tuple[int, int]]:
     """The parent's pid and the start time of every process that can be seen."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-from functools import partial
-from itertools import repeat
 from mmap import mmap
-from operator import call
-from select import POLLIN, poll
 from signal import SIGCONT, SIGSTOP
 from struct import Struct
 
 from . import _proc
 from ._child import close_all, end, fork, run, without_signals
-from ._locks import uninterrupted
 from ._pidfd import Pidfd
 
 TYPE_CHECKING = False
@@ -23,22 +18,22 @@ if TYPE_CHECKING:
 _COUNT = Struct("=q")
 _ENTRY = Struct("=qq")  # pid, start time
 _ROOM = 1 << 16  # entries; more than can be stopped before they are killed
+_PATIENCE = 0.1  # seconds between the guard's looks for an exec(2) of the caller
 _TRIES = 10  # to come to the end, though a signal's handler raises in between
 
 
 class Stops:
     """A context manager, at whose end the processes that it stopped go on.
 
-    Should the caller be killed before that, or replaced by exec(2), a forked child lets
-    them go on, unless it is killed with it, as of one cgroup or process group. Where no
-    child can be had, for want of processes, memory or descriptors, they would stay
-    stopped.
+    Should the caller be killed before that, or replaced by exec(2), as far as /proc tells
+    of that, a forked child lets them go on, unless it is killed with it, as of one cgroup
+    or process group. Where no child can be had, for want of processes or memory, they
+    would stay stopped.
     """
 
     def __init__(self) -> None:
         self._started: dict[int, int] = {}
         self._guard: list[int] = []  # its pid
-        self._fds: list[int] = []  # of a pipe, whose end tells the guard of an exec(2)
         self._list: mmap | None = None  # what the guard sees: their number, entries
 
     def stop(self, pidfd: Pidfd) -> bool:
@@ -74,23 +69,10 @@ class Stops:
         caller = os.getpid()
         try:
             shared = self._list = mmap(-1, _COUNT.size + _ROOM * _ENTRY.size)
-            without_signals(lambda: self._fork_guard(caller, shared))
+            without_signals(lambda: fork(lambda: _guard(caller, shared), self._guard))
         except (OSError, RuntimeError) as error:  # the class says why
             if isinstance(error, TimeoutError):  # a signal handler's
                 raise
-
-    def _fork_guard(self, caller: int, shared: mmap) -> None:
-        try:
-            made = map(call, (os.pipe,))
-            uninterrupted(map(partial, repeat(self._fds.extend), made))
-            reader = self._fds[0]
-            fork(lambda: _guard(caller, shared, reader), self._guard)
-            uninterrupted(
-                [partial(self._fds.remove, reader), partial(os.close, reader)]
-            )
-        except BaseException:
-            self._end_guard()
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -113,12 +95,7 @@ class Stops:
             if not all(_let_go_on(*one) for one in self._started.items()):
                 run(self._let_all_go_on)
         finally:
-            self._end_guard()
-
-    def _end_guard(self) -> None:
-        end(self._guard)
-        closes = [partial(os.close, fd) for fd in self._fds]
-        uninterrupted([self._fds.clear, *closes])
+            end(self._guard)
 
     def _let_all_go_on(self) -> bytes:
         """In a child, which can close its copies of the descriptors."""
@@ -149,18 +126,16 @@ def _let_go_on(pid: int, started: int) -> bool:
     return True
 
 
-def _guard(caller: int, shared: mmap, reader: int) -> None:
+def _guard(caller: int, shared: mmap) -> None:
     """In the child: wait for the caller's end, and let go on whom it had stopped."""
-    os.dup2(reader, 0)
-    close_all(1)
+    close_all()
+    # A fork keeps it, exec(2) makes another; 0 is of one that cannot be seen.
+    unchanged = (_proc.stack(os.getpid()), 0, None)
     try:
         with Pidfd.open(caller) as pidfd:
-            poller = poll()
-            poller.register(pidfd.fileno(), POLLIN)
-            # Closed by exec(2), unless the caller has forked another child meanwhile.
-            poller.register(0, POLLIN)
             if os.getppid() == caller:
-                poller.poll()
+                while not pidfd.wait(_PATIENCE) and _proc.stack(caller) in unchanged:
+                    pass
     except ProcessLookupError:
         pass  # its end has come
     (count,) = _COUNT.unpack_from(shared)
