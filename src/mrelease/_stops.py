@@ -25,10 +25,10 @@ _TRIES = 10  # to come to the end, though a signal's handler raises in between
 class Stops:
     """A context manager, at whose end the processes that it stopped go on.
 
-    Should the caller be killed before that, or replaced by exec(2), as far as /proc tells
-    of that, a forked child lets them go on, unless it is killed with it, as of one cgroup
-    or process group. Where no child can be had, for want of processes or memory, they
-    would stay stopped.
+    Should the caller be killed before that, or be replaced by exec(2), as far as /proc
+    tells of that, a forked child lets them go on, unless it is killed with it, as of
+    one cgroup or process group. Where no child can be had, for want of processes or
+    memory, they would stay stopped.
     """
 
     def __init__(self) -> None:
