@@ -30,7 +30,7 @@ from mrelease import KillResult, cgroup_pidfds, kill, kill_cgroup, kill_tree
 
 MODE, TOP, GROUP, NUMBER = PARAMETERS
 TOP, GROUP = Path(TOP), Path(GROUP)
-CLONE_VM, CLONE_CHILD_CLEARTID = 0x100, 0x200000
+CLONE_VM = 0x100
 SLOTS = 256
 LIVE = 40  # of each kind at a time: few pids are free, and soon taken again
 LIFE = 2000  # microseconds at most
@@ -40,7 +40,7 @@ libc = ctypes.CDLL(None)
 libc.clone.argtypes = (pointer, pointer, ctypes.c_int, *[pointer] * 4)
 stacks = mmap.mmap(-1, SLOTS << 14, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 base = ctypes.addressof(ctypes.c_char.from_buffer(stacks))
-taken = (ctypes.c_int * SLOTS)()  # which the kernel clears at the exit
+taken = [0] * SLOTS  # by the process with this pid, while there is one
 usleep = ctypes.cast(libc.usleep, pointer)
 shared = mmap.mmap(-1, 4096)  # what a process tells the others
 
@@ -54,13 +54,17 @@ BORN, HIT, MOVED, KILLS, CALLS, RECYCLED, READY, DONE = range(8)
 
 def start(slot, life=LIFE):
     top = base + (slot + 1 << 14)
-    flags = CLONE_VM | CLONE_CHILD_CLEARTID | signal.SIGCHLD
-    taken[slot] = 1
-    clear = ctypes.addressof(taken) + slot * ctypes.sizeof(ctypes.c_int)
-    pid = libc.clone(usleep, top, flags, random.randrange(life), None, None, clear)
-    if pid < 0:
-        taken[slot] = 0
+    flags = CLONE_VM | signal.SIGCHLD
+    pid = libc.clone(usleep, top, flags, random.randrange(life), None, None, None)
+    taken[slot] = max(pid, 0)
     return pid
+
+def is_free(slot):
+    # If its pid has been given away, it is free later.
+    try:
+        return not taken[slot] or os.kill(taken[slot], 0)
+    except ProcessLookupError:
+        return True
 
 def come_and_go(watch):
     # Children that come and go; each is reaped before its stack is given to another.
@@ -102,7 +106,7 @@ def come_and_go_unreaped():
     slot = 0
     while True:
         slot = (slot + 1) % SLOTS
-        if not taken[slot] and start(slot, LIFE // 5) < 0:
+        if is_free(slot) and start(slot, LIFE // 5) < 0:
             time.sleep(0.001)
 
 def child(function, *args):
