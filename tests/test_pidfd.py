@@ -138,6 +138,17 @@ def test_a_childs_object_is_refused_if_it_is_of_no_child() -> None:
                 pidfd.send_signal(signal.SIGKILL)
 
 
+def test_a_childs_object_is_taken_by_a_child_that_was_forked_later() -> None:
+    with victims.victim(1) as victim:
+        found = victims.apart(lambda: pid_of(Process(victim.pid, returncode=None)))
+        assert found == victim.pid
+
+
+def pid_of(target: Any) -> int:
+    with Pidfd.open(target) as pidfd:
+        return pidfd.pid
+
+
 def test_a_popen_that_was_waited_for_is_refused() -> None:
     process = subprocess.Popen(["true"])
     process.wait()

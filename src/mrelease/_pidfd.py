@@ -84,8 +84,8 @@ class Pidfd:
 
         Raises ProcessLookupError if there is no such process, if the object says that
         it has been reaped, if the object has a returncode, as those of subprocess and
-        asyncio, and the process is not, or no more, the caller's child, or if verify
-        says no; ValueError for a pid that is not
+        asyncio, and the process is not, or no more, the caller's child, nor older than
+        the caller, or if verify says no; ValueError for a pid that is not
         positive, or is the id of a thread; TypeError for what is no target; and OSError
         with EMFILE when no descriptor is left. A Pidfd gives a second one, which needs
         none: they share theirs, until both are closed.
@@ -358,14 +358,17 @@ def _check_is_child(pid: int, fd: int) -> None:
 
     The object of a child may be told of its end long after that was reaped, and the
     pid free: asyncio's when its loop runs next. Another child that has got the pid
-    cannot be told from it.
+    cannot be told from it. A process that is older than this one cannot have got it
+    since: it is a child of the parent's, whose object this one has by a fork.
     """
     try:
         os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL)
     except ChildProcessError:
-        raise ProcessLookupError(
-            ESRCH, f"Process {pid} has been reaped, or is not this process's child"
-        ) from None
+        born, caller = _proc.started(pid), _proc.started(os.getpid())
+        if born is None or caller is None or born > caller:
+            raise ProcessLookupError(
+                ESRCH, f"Process {pid} has been reaped, or is not this process's child"
+            ) from None
     except OSError as error:
         # Of Linux 5.3, of filters: then what the object says has to do.
         if error.errno not in (EINVAL, ENOSYS, EPERM):
