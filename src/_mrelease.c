@@ -331,7 +331,8 @@ list_threads(int pid, size_t *count)
         return NULL;
     }
     for (const struct dirent *entry; (entry = readdir(folder)) != NULL;) {
-        // Not strtol(), with newer headers a symbol of glibc 2.38; both need no GIL.
+        // Not strtol(), with newer headers a symbol of glibc 2.38; both need
+        // no GIL.
         int tid = (int)PyOS_strtol(entry->d_name, NULL, 10);
         if (tid <= 0) {
             continue;  // . and ..
