@@ -86,16 +86,12 @@ def _fork(forked: list[int]) -> None:
 def end(forked: list[int]) -> None:
     """Kill and reap what was forked, if nobody has reaped it. Can be done again."""
     for child in [*forked]:
-        reap: list[Callable[[], object]] = [
-            partial(os.waitpid, child, 0),
-            partial(forked.remove, child),
-        ]
         try:
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 os.kill(child, SIGKILL)
-            uninterrupted(reap)
         except (ChildProcessError, ProcessLookupError):
-            forked.remove(child)  # the application has reaped it
+            pass  # the application has reaped it
+        _reap(forked)
 
 
 def without_signals(act: Callable[[], _T]) -> _T:
@@ -134,6 +130,7 @@ def _run(work: Callable[[], None]) -> int:
 
 
 def _reap(forked: list[int]) -> int:
+    """Wait for the end of what was forked, and forget it with that."""
     reaped: list[tuple[int, int]] = []
     wait = partial(reaped.extend, map(os.waitpid, forked, (0,)))
     try:

@@ -129,8 +129,7 @@ def _advice(report: dict[str, object]) -> dict[str, str]:
 def _is_spared() -> bool:
     """Whether somebody else keeps the kernel's OOM killer off this process."""
     try:
-        with open("/proc/self/oom_score_adj", "rb") as file:
-            return file.read() == b"-1000\n"
+        return _proc.read("/proc/self/oom_score_adj") == b"-1000\n"
     except OSError:  # no /proc
         return False
 

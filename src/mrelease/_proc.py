@@ -133,19 +133,14 @@ def started(pid: int) -> int | None:
 
 def running_since(pid: int) -> int | None:
     """As started(), of a process whose main thread is not in its exit; None else."""
-    try:
-        stat = _stat(f"/proc/{pid}") if is_ours() else None
-    except OSError:  # gone, or the module says why
-        return None
+    stat = _stat_if_readable(pid)
     return int(stat[19]) if stat and not int(stat[6]) & _PF_EXITING else None
 
 
 def stack(pid: int) -> int | None:
     """Where a process's stack begins; 0 if that may not be seen, None if unknown."""
-    try:
-        return int(_stat(f"/proc/{pid}")[25]) if is_ours() else None
-    except OSError:  # gone, or the module says why
-        return None
+    stat = _stat_if_readable(pid)
+    return int(stat[25]) if stat else None
 
 
 def processes() -> dict[int, tuple[int, int]]:
@@ -188,6 +183,13 @@ def _thread_dying(task: str) -> bool:
     except OSError:  # the thread has ended, or the module says why
         return True
     return bool(flags & (_PF_EXITING | _PF_SIGNALED) or pending & _SIGKILL_PENDING)
+
+
+def _stat_if_readable(pid: int) -> list[bytes] | None:
+    try:
+        return _stat(f"/proc/{pid}") if is_ours() else None
+    except OSError:  # gone, or the module says why
+        return None
 
 
 def _process(pid: int) -> tuple[int, int] | None:
