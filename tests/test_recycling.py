@@ -19,6 +19,7 @@ from calls import run_python
 from cgroups import cgroup
 
 RECYCLED = 20_000
+APART = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
 
 # Outsiders and members share the memory of their parent, which makes them cheap, and
 # run nothing but libc's usleep().
@@ -62,9 +63,11 @@ def start(slot, life=LIFE):
 def is_free(slot):
     # If its pid has been given away, it is free later.
     try:
-        return not taken[slot] or os.kill(taken[slot], 0)
+        if taken[slot]:
+            os.kill(taken[slot], 0)
     except ProcessLookupError:
         return True
+    return not taken[slot]
 
 def come_and_go(watch):
     # Children that come and go; each is reaped before its stack is given to another.
@@ -216,26 +219,29 @@ def torture(mode: str, version: Literal["v2", "v1"], number: int = RECYCLED) -> 
         group.mkdir()
         parameters = (mode, str(top), str(group), number)
         program = PROGRAM.replace("PARAMETERS", repr(parameters))
-        under = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
-        result = run_python(program, under=under)
+        result = run_python(program, under=APART)
         assert (result.returncode, result.stderr) == (0, "")
         figures = json.loads(result.stdout)
         print(figures)  # pytest -rP shows it
         return figures
 
 
-REUSED = """
-import os, subprocess
+# A child whose pid can be taken again soon.
+VICTIM = """
+import os, subprocess, sys
 from pathlib import Path
-from mrelease import _groups, kill_tree
+from mrelease import _groups, kill, kill_tree
 
 Path("/proc/sys/kernel/pid_max").write_text("400")
 while True:
-    root = subprocess.Popen(["sleep", "100"])
-    if root.pid > 300:  # those up to that are given once only
+    victim = subprocess.Popen(["sleep", "100"])
+    if victim.pid > 300:  # those up to that are given once only
         break
-    root.kill()
-    root.wait()
+    victim.kill()
+    victim.wait()
+"""
+
+REUSED = f"""{VICTIM}
 real = _groups._check_tree
 
 def innocent():
@@ -250,8 +256,8 @@ def innocent():
 def late(pid):
     # What may happen by itself just then: the root ends, and its pid is given away.
     real(pid)
-    root.kill()
-    root.wait()
+    victim.kill()
+    victim.wait()
     while True:
         child = os.fork()
         if child == 0:
@@ -266,7 +272,7 @@ answer, report = open(reader, "rb", 0), open(writer, "wb")
 reader, writer = os.pipe()
 wait_for_the_end, end = open(reader, "rb"), open(writer, "wb")
 _groups._check_tree = late
-print([result.outcome for result in kill_tree(root.pid, timeout=1)])
+print([result.outcome for result in kill_tree(victim.pid, timeout=1)])
 end.close()
 report.close()
 with answer, wait_for_the_end:
@@ -277,17 +283,12 @@ os.wait()
 
 @pytest.mark.needs("root", "pidns", "unshare")
 def test_the_children_of_one_that_got_the_roots_pid_are_not_touched() -> None:
-    under = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
-    result = run_python(REUSED, under=under)
+    result = run_python(REUSED, under=APART)
     assert (result.stdout, result.stderr) == ("['exited']\nstatus 0\n", "")
 
 
-# Who takes the pid is no child of the killer: that would be taken for the worker.
-UNAWARE = """
-import os, subprocess, sys
-from pathlib import Path
-from mrelease import kill
-
+# Who takes the pid is no child of the killer: that would be taken for the victim.
+UNAWARE = f"""{VICTIM}
 TAKE = '''
 import os, sys
 while True:
@@ -303,32 +304,24 @@ print("taken", flush=True)
 print("status", os.waitpid(child, os.WUNTRACED)[1])
 '''
 
-Path("/proc/sys/kernel/pid_max").write_text("400")
-while True:
-    worker = subprocess.Popen(["sleep", "100"])
-    if worker.pid > 300:  # those up to that are given once only
-        break
-    worker.kill()
-    worker.wait()
-os.kill(worker.pid, 9)
-os.waitpid(worker.pid, 0)
+os.kill(victim.pid, 9)
+os.waitpid(victim.pid, 0)
 pipe = subprocess.PIPE
-command = [sys.executable, "-c", TAKE, str(worker.pid)]
+command = [sys.executable, "-c", TAKE, str(victim.pid)]
 with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as innocent:
     print(innocent.stdout.readline(), end="")
     try:
-        print(kill(worker))
+        print(kill(victim))
     except ProcessLookupError:
-        print(worker.returncode, "refused")
+        print(victim.returncode, "refused")
     print(innocent.communicate()[0], end="")
-worker.returncode = -9
+victim.returncode = -9
 """
 
 
 @pytest.mark.needs("root", "pidns", "unshare")
 def test_who_got_the_pid_of_a_child_whose_object_does_not_know_is_not_touched() -> None:
-    under = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
-    result = run_python(UNAWARE, under=under)
+    result = run_python(UNAWARE, under=APART)
     assert (result.stdout, result.stderr) == ("taken\nNone refused\nstatus 0\n", "")
 
 
